@@ -1,0 +1,1 @@
+"""Files to batches; imports neither models nor kernels. Imported as ``seqssm.data``."""

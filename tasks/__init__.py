@@ -1,0 +1,1 @@
+"""Task heads, losses, metrics and evaluation; imported as ``seqssm.tasks``."""
