@@ -1,0 +1,1 @@
+"""Shipped YAML configs; ``seqssm fit --config dna/quickstart`` finds them by name."""

@@ -1,0 +1,5 @@
+import sys
+
+from seqssm.cli import main
+
+sys.exit(main())

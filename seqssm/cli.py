@@ -1,0 +1,145 @@
+"""The `seqssm` command: Lightning's fit, validate, test and predict, and tools for people with a file and a question."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import seqssm
+from seqssm.errors import UserError
+
+if TYPE_CHECKING:
+    from lightning.pytorch.cli import LightningCLI
+
+# Each tool is a module of seqssm.commands with add_arguments(parser) and run(args); imported only when it is called.
+TOOLS = {
+    "classify": "label the sequences of a FASTA file with a trained DNA classifier",
+    "evaluate": "score a checkpoint on held-out data, with intervals, beside honest baselines",
+    "bench": "time the kernels and models on this machine",
+}
+TRAINER_COMMANDS = {
+    "fit": "train a task from a config",
+    "validate": "run a task over its validation split",
+    "test": "run a task over its test split",
+    "predict": "run a task over its prediction split",
+}
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0, 2 for bad input, 130 when interrupted.
+
+    Args:
+        args: the command line without the program's name; ``sys.argv`` when None.
+    """
+    args = list(sys.argv[1:] if args is None else args)
+    try:
+        return _dispatch(args)
+    except UserError as error:
+        print(f"seqssm: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("seqssm: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output (head, less) has gone; leave without a second error at interpreter shutdown.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _dispatch(args: list[str]) -> int:
+    if not args or args[0] in ("-h", "--help"):
+        print(_overview())
+        return 0
+    if args[0] == "--version":
+        print(f"seqssm {seqssm.__version__}")
+        return 0
+    command, rest = args[0], args[1:]
+    if command in TRAINER_COMMANDS:
+        run_trainer(command, rest)
+        return 0
+    if command not in TOOLS:
+        raise UserError(f"unknown command {command!r}; the commands are {', '.join([*TRAINER_COMMANDS, *TOOLS])}")
+    module = importlib.import_module(f"seqssm.commands.{command}")
+    parser = argparse.ArgumentParser(f"seqssm {command}", description=module.__doc__)
+    module.add_arguments(parser)
+    return module.run(parser.parse_args(rest)) or 0
+
+
+def _overview() -> str:
+    lines = ["usage: seqssm COMMAND ...    (seqssm COMMAND --help tells more)", "", "Train and test:"]
+    lines += [f"  {name:<10} {text}" for name, text in TRAINER_COMMANDS.items()]
+    lines += ["", "Use:"] + [f"  {name:<10} {text}" for name, text in TOOLS.items()]
+    lines += ["", "Shipped configs (give them to --config by name):"]
+    lines += [f"  {name}" for name in shipped_configs()]
+    return "\n".join(lines)
+
+
+# ---- configs -------------------------------------------------------------------------------------------------------
+
+
+def shipped_configs() -> list[str]:
+    """Names of the configs inside the package, such as ``dna/quickstart``."""
+    root = resources.files("seqssm.configs")
+    names = [f"{f.name}/{c.name.removesuffix('.yaml')}" for f in root.iterdir() if f.is_dir() for c in f.iterdir()
+             if c.name.endswith(".yaml")]  # fmt: skip
+    return sorted(names)
+
+
+def find_config(name: str) -> str:
+    """Path of a config: a file as given, else one of the shipped ones.
+
+    Raises:
+        UserError: neither.
+    """
+    if Path(name).is_file():
+        return name
+    shipped = resources.files("seqssm.configs").joinpath(f"{name.removesuffix('.yaml').removeprefix('configs/')}.yaml")
+    if not shipped.is_file():
+        raise UserError(f"--config {name}: no such file, nor a shipped config ({', '.join(shipped_configs())})")
+    return str(shipped)
+
+
+def _resolve_configs(args: list[str]) -> list[str]:
+    resolved, expect_name = [], False
+    for arg in args:
+        if expect_name:
+            arg = find_config(arg)
+        elif arg.startswith("--config="):
+            arg = "--config=" + find_config(arg.removeprefix("--config="))
+        expect_name = arg in ("-c", "--config")
+        resolved.append(arg)
+    return resolved
+
+
+# ---- Lightning -----------------------------------------------------------------------------------------------------
+
+
+def run_trainer(command: str, args: list[str]) -> LightningCLI:
+    """Run ``fit``, ``validate``, ``test`` or ``predict`` as the Lightning CLI does, in subclass mode."""
+    from jsonargparse import ArgumentError
+
+    from seqssm.commands.trainer import TaskCLI
+
+    # torchmetrics says so for every epoch of a split in which a class is missing; the report before step 1 has said it.
+    warnings.filterwarnings("ignore", message=".*No (positive|negative) samples in targets.*")
+    try:
+        return TaskCLI(args=[command, *_resolve_configs(args)])
+    except ArgumentError as error:
+        raise UserError(_one_line(str(error.message))) from error
+
+
+def _one_line(message: str) -> str:
+    """The parser's message without its layout; the first line says what, the last why."""
+    lines = [line.strip(" -\t") for line in message.splitlines() if line.strip()]
+    return " ".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,79 @@
+"""The Lightning CLI as this package sets it up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+
+import seqssm.data
+import seqssm.tasks.dna  # noqa: F401 - makes the short class names known to the parser
+from seqssm.errors import UserError
+from seqssm.tasks.base import Task, read_checkpoint
+
+COMMANDS = ("fit", "validate", "test", "predict")
+
+
+class TaskCLI(LightningCLI):
+    """``seqssm fit|validate|test|predict``: any :class:`Task` with any DataModule, from YAML and the command line."""
+
+    def __init__(self, args: list[str]) -> None:
+        strict = {"exit_on_error": False}
+        super().__init__(
+            Task,
+            pl.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            seed_everything_default=0,
+            save_config_callback=SaveConfigCallback,
+            parser_kwargs={**strict, **{command: dict(strict) for command in COMMANDS}},
+            trainer_defaults={
+                "logger": {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "runs"}}
+            },
+            args=args,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        # The classes are the data's to name; in the model's arguments they travel with the weights.
+        parser.link_arguments("data", "model.init_args.labels", compute_fn=_labels, apply_on="instantiate")
+        parser.add_argument(
+            "--evaluate",
+            type=bool,
+            default=False,
+            help="after fit, score the best checkpoint on the test split beside the baselines",
+        )
+
+    def _parse_ckpt_path(self) -> None:
+        """Refuse a checkpoint that disagrees with the config, where Lightning lets the checkpoint win in silence."""
+        path = self.config[self.config.subcommand].get("ckpt_path")
+        if not path or not Path(path).is_file():
+            return
+        stored = read_checkpoint(path).description
+        model = self.config[self.config.subcommand]["model"]
+        if model["class_path"] != stored["task"]:
+            raise UserError(f"--ckpt_path {path} holds a {stored['task']}, the config asks for a {model['class_path']}")
+        configured = model["init_args"].as_dict() if hasattr(model["init_args"], "as_dict") else dict(model["init_args"])
+        for key, value in stored["init_args"].items():
+            if key in configured and key != "labels" and configured[key] != value:
+                raise UserError(
+                    f"--ckpt_path {path} was trained with model.{key} = {value}, the config says {configured[key]}; "
+                    "make them agree to resume, or start from its weights with --model.init_args.init_from"
+                )
+
+    def after_fit(self) -> None:
+        if not self.config["fit"]["evaluate"]:
+            return
+        from seqssm.commands.evaluate import evaluate
+
+        callback: Any = self.trainer.checkpoint_callback
+        best = callback.best_model_path if callback is not None else ""
+        if not best:
+            raise UserError("--evaluate needs a ModelCheckpoint callback with `monitor` in trainer.callbacks")
+        evaluate(best, datamodule=self.datamodule, folder=Path(self.trainer.log_dir or "."))
+
+
+def _labels(datamodule: pl.LightningDataModule) -> list[str] | None:
+    return getattr(datamodule, "labels", None)

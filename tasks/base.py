@@ -1,0 +1,198 @@
+"""What every task shares: configuration that travels with the weights, the optimizer, exact resumption, loading."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+import seqssm
+from seqssm import hub
+from seqssm.backbone import BackboneConfig
+from seqssm.errors import UserError
+from seqssm.optim import parameter_groups, warmup_cosine
+
+CHECKPOINT_KEY = "seqssm"
+T = TypeVar("T", bound="Task")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up and cosine decay, stepped every optimizer step.
+
+    Args:
+        lr: peak learning rate.
+        weight_decay: applied to matrices only: never to A_log, D, dt_bias, norms and biases.
+        beta1: decay of the first moment.
+        beta2: decay of the second moment.
+        warmup_fraction: share of all steps in which the rate rises linearly from zero.
+        final_fraction: the rate at the last step, as a share of ``lr``.
+    """
+
+    lr: float = 2e-3
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    warmup_fraction: float = 0.1
+    final_fraction: float = 0.02
+
+
+class Task(pl.LightningModule):
+    """A head, a loss, metrics and decoding around one :class:`~seqssm.backbone.Backbone`.
+
+    A subclass passes its own plain-data arguments to ``super().__init__`` as ``head``; together they are the task's
+    whole configuration, stored in every checkpoint as JSON-like data, so that a checkpoint is self-contained.
+    """
+
+    def __init__(self, backbone: BackboneConfig, optimizer: OptimizerConfig, init_from: str | None, **head: Any):
+        super().__init__()
+        self.backbone_config = backbone
+        self.optimizer_config = optimizer
+        self.init_from = init_from
+        self._head_args = head
+        self.save_hyperparameters({**self.init_args(), "_class_path": class_path(type(self))})
+
+    def init_args(self) -> dict[str, Any]:
+        """The arguments that build this task again, as plain data. ``init_from`` is left out: the weights are here."""
+        return {
+            "backbone": self.backbone_config.to_dict(),
+            "optimizer": dataclasses.asdict(self.optimizer_config),
+            **self._head_args,
+        }
+
+    @classmethod
+    def from_init_args(cls, init_args: dict[str, Any]) -> Self:
+        """Build a task, with fresh weights, from what :meth:`init_args` gave."""
+        args = dict(init_args)
+        backbone = BackboneConfig.from_dict(args.pop("backbone"))
+        optimizer = OptimizerConfig(**args.pop("optimizer"))
+        return cls(backbone=backbone, optimizer=optimizer, **args)
+
+    def load_initial_weights(self) -> None:
+        """Copy the backbone and embedding of the checkpoint ``init_from``; a subclass calls it last in ``__init__``."""
+        if self.init_from is None:
+            return
+        source = read_checkpoint(self.init_from).weights
+        own = self.state_dict()
+        matching = {k: v for k, v in source.items() if k in own and own[k].shape == v.shape}
+        missing = [k for k in own if k.startswith("backbone.") and k not in matching]
+        if missing:
+            raise UserError(
+                f"init_from {self.init_from}: {len(missing)} backbone weights do not fit this model (first: {missing[0]}); "
+                "use the backbone settings that the checkpoint was trained with"
+            )
+        self.load_state_dict(matching, strict=False)
+        fresh = sorted(set(own) - set(matching))
+        rank_zero_info(f"init_from {self.init_from}: {len(matching)} tensors loaded, new: {', '.join(fresh) or 'none'}")
+
+    # ---- training ----------------------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> Any:
+        c = self.optimizer_config
+        optimizer = torch.optim.AdamW(parameter_groups(self, c.weight_decay), lr=c.lr, betas=(c.beta1, c.beta2))
+        total = self.trainer.estimated_stepping_batches
+        if total == float("inf"):
+            raise UserError("trainer.max_epochs or trainer.max_steps must be set: the learning rate follows a cosine to the end")
+        schedule = warmup_cosine(optimizer, int(c.warmup_fraction * total), int(total), c.final_fraction)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        # Dropout and other random choices depend on the step alone: a resumed run repeats an uninterrupted one.
+        seed = torch.initial_seed() if self._base_seed is None else self._base_seed
+        self._base_seed = seed
+        torch.manual_seed(hash((seed, self.current_epoch, batch_idx, self.global_rank)) % 2**63)
+
+    _base_seed: int | None = None
+
+    # ---- checkpoints -------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint[CHECKPOINT_KEY] = {**self.describe(), "base_seed": self._base_seed}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._base_seed = checkpoint.get(CHECKPOINT_KEY, {}).get("base_seed")
+
+    def describe(self) -> dict[str, Any]:
+        """What a checkpoint says of itself: version, task class and its arguments, all plain data."""
+        return {"version": seqssm.__version__, "task": class_path(type(self)), "init_args": self.init_args()}
+
+
+def class_path(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+# ---- loading -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A checkpoint read from disk, in plain data and tensors.
+
+    Attributes:
+        description: what :meth:`Task.describe` stored.
+        weights: the state dict, on the CPU.
+        data: arguments of the DataModule it was trained with: ``{"class_path": ..., "init_args": ...}``, or ``{}``.
+    """
+
+    description: dict[str, Any]
+    weights: dict[str, Tensor]
+    data: dict[str, Any]
+
+
+def read_checkpoint(checkpoint: str | Path) -> Loaded:
+    """Read a Lightning ``.ckpt`` or a folder in hub format. Runs no code from the file.
+
+    Raises:
+        UserError: nothing there, not a checkpoint, or not one of this program's.
+    """
+    path = Path(checkpoint)
+    if path.is_dir():
+        config, weights = hub.load(path)
+        return Loaded(config, weights, config.get("data", {}))
+    if not path.is_file():
+        raise UserError(f"{checkpoint}: no such checkpoint; give a Lightning .ckpt or a folder that `seqssm` saved")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
+        raise UserError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]}); is the file whole?") from error
+    if not isinstance(content, dict) or CHECKPOINT_KEY not in content:
+        raise UserError(f"{path}: not a checkpoint of a seqssm task; train one with `seqssm fit`")
+    data = dict(content.get("datamodule_hyper_parameters", {}))
+    data.pop("_instantiator", None)
+    data_class = data.pop("_class_path", None)
+    return Loaded(
+        content[CHECKPOINT_KEY],
+        content["state_dict"],
+        {"class_path": data_class, "init_args": data} if data_class else {},
+    )
+
+
+def load_task(checkpoint: str | Path, expected: type[T]) -> T:
+    """Load a trained task in evaluation mode.
+
+    Raises:
+        UserError: as :func:`read_checkpoint`, or the checkpoint holds another task than ``expected``.
+    """
+    return build_task(read_checkpoint(checkpoint), expected, str(checkpoint))
+
+
+def build_task(loaded: Loaded, expected: type[T], name: str) -> T:
+    """Turn what :func:`read_checkpoint` gave into a module in evaluation mode."""
+    path = loaded.description["task"]
+    if not path.startswith("seqssm."):
+        raise UserError(f"{name}: its task is {path}, which is not one of seqssm's; load it in Python, with its class")
+    module, _, attribute = path.rpartition(".")
+    cls = getattr(importlib.import_module(module), attribute)
+    if not issubclass(cls, expected):
+        raise UserError(f"{name} holds a {cls.__name__}; this command needs a {expected.__name__} checkpoint")
+    task = cls.from_init_args(loaded.description["init_args"])
+    task.load_state_dict(loaded.weights)
+    return task.eval()

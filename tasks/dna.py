@@ -1,0 +1,185 @@
+"""DNA classification: one label a sequence, from tens of bases to whole chromosomes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+from torchmetrics.classification import (
+    MulticlassAccuracy,
+    MulticlassAUROC,
+    MulticlassConfusionMatrix,
+    MulticlassF1Score,
+    MulticlassMatthewsCorrCoef,
+)
+
+from seqssm.backbone import Backbone, BackboneConfig
+from seqssm.data import COMPLEMENT, VOCABULARY_SIZE, DNABatch, reverse_complement
+from seqssm.tasks.base import OptimizerConfig, Task
+
+
+class DNAClassification(Task):
+    """Classify DNA sequences.
+
+    Args:
+        labels: class names in the order of the outputs; the command line takes them from the data.
+        backbone: the model; ``reverse_complement: true`` in it makes the answer the same for both strands, exactly.
+        pooling: how positions become one vector: their mean, or the last real one (for causal models).
+        label_smoothing: share of the target spread evenly over the classes.
+        class_weights: one weight a class, ``balanced`` (inverse frequency in the training windows), or none.
+        average_strands: outside training, average the probabilities of the sequence and its reverse complement.
+        optimizer: learning rate and its schedule.
+        init_from: a checkpoint whose backbone and embedding to start from.
+    """
+
+    class_weight: Tensor
+
+    def __init__(
+        self,
+        labels: list[str],
+        backbone: BackboneConfig = BackboneConfig(),  # noqa: B008 - frozen
+        pooling: Literal["mean", "last"] = "mean",
+        label_smoothing: float = 0.0,
+        class_weights: list[float] | Literal["balanced"] | None = None,
+        average_strands: bool = True,
+        optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 - frozen
+        init_from: str | None = None,
+    ) -> None:
+        super().__init__(
+            backbone,
+            optimizer,
+            init_from,
+            labels=list(labels),
+            pooling=pooling,
+            label_smoothing=label_smoothing,
+            class_weights=class_weights,
+            average_strands=average_strands,
+        )
+        self.labels = list(labels)
+        self.pooling = pooling
+        self.label_smoothing = label_smoothing
+        self.class_weights = class_weights
+        self.average_strands = average_strands
+
+        config = self.backbone_config
+        self.embedding = nn.Embedding(VOCABULARY_SIZE, config.d_model)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        self.backbone = Backbone(config)
+        self.head = nn.Linear(config.d_model, len(labels))
+        self.register_buffer("complement", torch.as_tensor(COMPLEMENT, dtype=torch.uint8), persistent=False)
+        weights = class_weights if isinstance(class_weights, list) else [1.0] * len(labels)
+        self.register_buffer("class_weight", torch.tensor(weights), persistent=False)
+
+        classes = len(labels)
+        scores = MetricCollection(
+            {
+                "accuracy": MulticlassAccuracy(classes, average="micro"),
+                "balanced_accuracy": MulticlassAccuracy(classes, average="macro"),
+                "macro_f1": MulticlassF1Score(classes, average="macro"),
+                "mcc": MulticlassMatthewsCorrCoef(classes),
+                "auroc": MulticlassAUROC(classes, average="macro"),
+            }
+        )
+        self.scores = nn.ModuleDict({"val": scores.clone(prefix="val_"), "test": scores.clone(prefix="test_")})
+        self.confusion = nn.ModuleDict({s: MulticlassConfusionMatrix(classes) for s in ("val", "test")})
+        self.load_initial_weights()
+
+    def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """Score sequences.
+
+        Args:
+            tokens: (b, l) uint8 token ids, padded on the right.
+            lengths: (b,) real tokens of each sequence, at least 1.
+
+        Returns:
+            (b, c) float32 logits. Padding and neighbours in the batch do not change them.
+        """
+        length = tokens.shape[1]
+        x = self.embedding(tokens.long())  # (b, l, d)
+        if self.backbone_config.reverse_complement:
+            x = torch.cat([x, self.embedding(self.complement[tokens.long()].long())], dim=-1)  # (b, l, 2d): two strands
+        real = torch.arange(length, device=tokens.device) < lengths[:, None]  # (b, l)
+        padded = not bool(real.all())
+        # Padding precedes the real tokens of a backward scan: its own segment keeps it out of their state.
+        seq_idx = (~real).to(torch.int32) if padded and not self.backbone.causal else None
+        y, _ = self.backbone(x, seq_idx=seq_idx)
+        pooled = self._pool(y, lengths, real if padded else None)
+        with torch.autocast(device_type=pooled.device.type, enabled=False):
+            return self.head(pooled)
+
+    def _pool(self, y: Tensor, lengths: Tensor, real: Tensor | None) -> Tensor:
+        if self.pooling == "last":
+            pooled = y[torch.arange(len(y), device=y.device), lengths - 1].float()
+        else:
+            if real is not None:
+                y = y.masked_fill(~real[..., None], 0)
+            pooled = y.sum(1, dtype=torch.float32) / lengths[:, None]
+        if self.backbone_config.reverse_complement:
+            # (b, 2, d): the first strand is last read at its end, the second at its start, which is token 0.
+            if self.pooling == "last":
+                strands = torch.stack([pooled.chunk(2, -1)[0], y[:, 0].float().chunk(2, -1)[1]], 1)
+            else:
+                strands = torch.stack(pooled.chunk(2, -1), 1)
+            pooled = strands.mean(1)
+        return pooled  # (b, d) float32
+
+    def predict_proba(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """(b, c) float32 probabilities, averaged over both strands if the task says so."""
+        probabilities = self(tokens, lengths).softmax(-1)
+        if self.average_strands and not self.backbone_config.reverse_complement:
+            other = self(reverse_complement(tokens, lengths), lengths).softmax(-1)
+            probabilities = (probabilities + other) / 2
+        return probabilities
+
+    def on_fit_start(self) -> None:
+        if self.class_weights == "balanced":
+            counts = torch.tensor(self.trainer.datamodule.class_counts("train"), dtype=torch.float32)  # type: ignore[attr-defined]
+            self.class_weight.copy_(counts.sum() / (len(counts) * counts))
+            weights = ", ".join(f"{n} {w:.3g}" for n, w in zip(self.labels, self.class_weight.tolist(), strict=True))
+            rank_zero_info(f"class weights: {weights}")
+
+    def training_step(self, batch: DNABatch, batch_idx: int) -> Tensor:
+        logits = self(batch.tokens, batch.lengths)
+        loss = F.cross_entropy(
+            logits, batch.labels, weight=self.class_weight, label_smoothing=self.label_smoothing
+        )
+        self.log("train_loss", loss, prog_bar=True, batch_size=len(batch.labels))
+        return loss
+
+    def validation_step(self, batch: DNABatch, batch_idx: int) -> None:
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: DNABatch, batch_idx: int) -> None:
+        self._evaluate(batch, "test")
+
+    def predict_step(self, batch: DNABatch, batch_idx: int) -> Tensor:
+        return self.predict_proba(batch.tokens, batch.lengths)
+
+    def _evaluate(self, batch: DNABatch, split: str) -> None:
+        probabilities = self.predict_proba(batch.tokens, batch.lengths)
+        loss = F.nll_loss(probabilities.clamp_min(1e-12).log(), batch.labels)
+        size = len(batch.labels)
+        self.log(f"{split}_loss", loss, prog_bar=True, sync_dist=True, batch_size=size, on_step=False, on_epoch=True)
+        self.scores[split].update(probabilities, batch.labels)
+        self.confusion[split].update(probabilities, batch.labels)
+        self.log_dict(self.scores[split], prog_bar=True, batch_size=size, on_step=False, on_epoch=True)
+
+    def on_validation_epoch_end(self) -> None:
+        self._draw_confusion("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._draw_confusion("test")
+
+    def _draw_confusion(self, split: str) -> None:
+        from seqssm.tasks.plots import confusion_matrix_png
+
+        counts = self.confusion[split].compute()
+        self.confusion[split].reset()
+        folder = self.trainer.log_dir
+        if folder and self.trainer.is_global_zero and not self.trainer.sanity_checking:
+            confusion_matrix_png(counts.cpu().numpy(), self.labels, Path(folder) / f"confusion_{split}.png")
