@@ -1,1 +1,10 @@
-"""Scan kernels with state in and out, in torch, Numba and Triton; imported as ``seqssm.kernels``."""
+"""Scan kernels with state in and out, in torch, Numba and Triton; imported as ``seqssm.kernels``.
+
+Each function lives in a package of its own name. Import a backend as ``from seqssm.kernels.selective_scan import
+triton``: the attribute ``seqssm.kernels.selective_scan`` is the function.
+"""
+
+from seqssm.kernels.causal_conv1d import causal_conv1d, causal_conv1d_step
+from seqssm.kernels.selective_scan import selective_scan, selective_scan_step
+
+__all__ = ["causal_conv1d", "causal_conv1d_step", "selective_scan", "selective_scan_step"]

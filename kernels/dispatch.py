@@ -1,0 +1,112 @@
+"""Shared by every kernel's ``op.py``: argument checks and the choice of a backend."""
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("reference", "torch", "numba", "triton")
+_MODULES = {"torch": "vectorized", "numba": "cpu", "triton": "triton"}
+# Looked up once, at import: torch.compile then sees constants.
+_INSTALLED = {name: importlib.util.find_spec(name) is not None for name in ("numba", "triton")}
+
+
+def check(condition: bool, message: str) -> None:
+    """Raise ``ValueError(message)`` unless ``condition`` holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+def check_shape(name: str, tensor: Tensor, shape: Sequence[int], dims: str) -> None:
+    """Raise unless ``tensor`` is floating point and has ``shape``; ``dims`` names it, as in ``"(b, l, d)"``."""
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{name} must have shape {dims} = {tuple(shape)}, got {tuple(tensor.shape)}")
+    if not tensor.is_floating_point():
+        raise ValueError(f"{name} must be floating point, got {tensor.dtype}")
+
+
+def check_seq_idx(seq_idx: Tensor | None, batch: int, length: int) -> None:
+    """Raise unless ``seq_idx`` is None or an integer tensor (b, l)."""
+    if seq_idx is None:
+        return
+    if tuple(seq_idx.shape) != (batch, length):
+        raise ValueError(f"seq_idx must have shape (b, l) = {(batch, length)}, got {tuple(seq_idx.shape)}")
+    if seq_idx.is_floating_point() or seq_idx.is_complex() or seq_idx.dtype == torch.bool:
+        raise ValueError(f"seq_idx must be an integer tensor, got {seq_idx.dtype}")
+
+
+def check_devices(**tensors: Tensor | None) -> None:
+    """Raise unless all tensors that are given live on one device."""
+    first: tuple[str, torch.device] | None = None
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if first is None:
+            first = name, tensor.device
+        elif tensor.device != first[1]:
+            raise ValueError(f"{name} is on {tensor.device}, {first[0]} on {first[1]}: move them to one device")
+
+
+def check_inference(op: str, *tensors: Tensor | None) -> None:
+    """Raise when a step function, which updates its state in place, is asked for gradients."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        raise ValueError(
+            f"{op}_step has no gradient: call it under torch.no_grad(), or {op} with initial_state when training"
+        )
+
+
+def directions(reverse: bool | Sequence[bool], parts: int | None = None) -> tuple[bool, ...]:
+    """One direction a group: ``reverse`` spread over ``parts`` groups (one when None), or checked to have as many."""
+    if isinstance(reverse, bool):
+        return (reverse,) * (parts or 1)
+    result = tuple(bool(r) for r in reverse)
+    if not result or (parts is not None and len(result) != parts):
+        raise ValueError(f"reverse must be a bool or one bool a group ({parts or 'at least 1'}), got {len(result)}")
+    return result
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Scan states are float64 for float64 inputs and float32 for everything else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def choose_backend(op: str, backend: str, tensor: Tensor, available: Sequence[str] = BACKENDS) -> str:
+    """The concrete backend for ``backend`` (possibly ``"auto"``) on the device and dtype of ``tensor``.
+
+    ``auto`` is a fixed rule, never a trial: float64 -> torch; CUDA -> triton; CPU -> numba; anything else -> torch,
+    where a backend that ``op`` does not have (``available``) is passed over for torch. Raises ValueError for a backend
+    that cannot take this tensor and ImportError for one whose package is missing; the message names the remedy.
+    """
+    device, dtype = tensor.device.type, tensor.dtype
+    if backend == "auto":
+        backend = {"cuda": "triton", "cpu": "numba"}.get(device, "torch") if dtype != torch.float64 else "torch"
+        backend = backend if backend in available else "torch"
+    if backend not in available:
+        raise ValueError(f"{op} has no backend {backend!r}: choose 'auto' or one of {', '.join(available)}")
+    if backend in ("numba", "triton"):
+        if dtype == torch.float64:
+            raise ValueError(f"backend {backend!r} of {op} computes in float32: for float64 use backend='torch'")
+        if backend == "numba" and device != "cpu":
+            raise ValueError(f"backend 'numba' of {op} runs on the CPU, not on {device}: use backend='auto'")
+        if backend == "triton" and device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+            raise ValueError(
+                f"backend 'triton' of {op} needs CUDA tensors, got {device}: use backend='auto', "
+                "or set TRITON_INTERPRET=1 before Python starts to run it slowly on the CPU"
+            )
+        if not _INSTALLED[backend]:
+            raise ImportError(f"backend {backend!r} of {op} needs the package: pip install {backend}")
+    return backend
+
+
+def load_backend(op: str, backend: str) -> ModuleType:
+    """The module of a concrete backend, imported on first use: nobody pays for a compiler that he does not need."""
+    return importlib.import_module(f"seqssm.kernels.{op}.{_MODULES[backend]}")
+
+
+def has_backend(op: str, backend: str) -> bool:
+    """Whether the kernel ``op`` has a module for ``backend``."""
+    return backend == "reference" or importlib.util.find_spec(f"seqssm.kernels.{op}.{_MODULES[backend]}") is not None
