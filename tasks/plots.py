@@ -1,0 +1,70 @@
+"""Figures of results, drawn without a display and without pyplot's global state."""
+
+import io
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MAX_CLASSES_WITH_COUNTS = 25
+"""Beyond this many classes the cells are too small for figures, and only the shading is drawn."""
+
+
+def confusion_figure(counts: NDArray[np.integer], classes: Sequence[str], title: str = "") -> "Figure":
+    """Draw a confusion matrix: counts in the cells, shaded by the share of the row (the true class).
+
+    Args:
+        counts: (c, c) windows, true class by predicted class.
+        classes: the c names.
+        title: above the matrix; empty for accuracy and number of windows.
+    """
+    from matplotlib.figure import Figure
+
+    counts = np.asarray(counts)
+    n_classes, n_windows = len(classes), int(counts.sum())
+    if counts.shape != (n_classes, n_classes):
+        raise ValueError(f"a confusion matrix of {n_classes} classes cannot have the shape {counts.shape}")
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    side = float(np.clip(1.6 + 0.75 * n_classes, 4.2, 14.0))  # inches
+    figure = Figure(figsize=(side + 1.2, side + 0.4), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("true")
+    axes.set_title(title or f"accuracy {np.trace(counts) / max(n_windows, 1):.3f}, {n_windows:,} windows", fontsize=11)
+    figure.colorbar(image, ax=axes, label="share of the true class", fraction=0.046, pad=0.03)
+    size = float(np.clip(side * 55 / max(n_classes, 5) / 5, 4.0, 10.0))  # points
+    names = [name if len(name) <= 24 else name[:23] + "…" for name in classes]
+    steep = max(map(len, names)) * n_classes > 36
+    axes.set_xticks(
+        range(n_classes), names, fontsize=size, rotation=45 if steep else 0, ha="right" if steep else "center"
+    )
+    axes.set_yticks(range(n_classes), names, fontsize=size)
+    if n_classes <= MAX_CLASSES_WITH_COUNTS:
+        for (row, column), count in np.ndenumerate(counts):
+            share = shares[row, column]
+            label = f"{count:,}\n{share:.0%}" if n_classes <= 12 else f"{count:,}"
+            axes.text(
+                column, row, label, ha="center", va="center", fontsize=size, color="white" if share > 0.55 else "black"
+            )
+    return figure
+
+
+def confusion_png(counts: NDArray[np.integer], classes: Sequence[str], title: str = "") -> bytes:
+    """The figure of ``confusion_figure`` as the bytes of a PNG file."""
+    buffer = io.BytesIO()
+    confusion_figure(counts, classes, title).savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def confusion_image(counts: NDArray[np.integer], classes: Sequence[str], title: str = "") -> NDArray[np.uint8]:
+    """The figure of ``confusion_figure`` as (height, width, 3) pixels, for a logger that takes images."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(confusion_figure(counts, classes, title))
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
