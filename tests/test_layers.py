@@ -9,20 +9,22 @@ ROOT = Path(__file__).parent.parent
 FOLDERS = {"seqssm": "seqssm", "kernels": "seqssm.kernels", "tasks": "seqssm.tasks", "data": "seqssm.data"}
 # What each layer may import of the project. The command line may import everything.
 ALLOWED = {
-    "errors": set(),
-    "kernels": {"kernels", "errors"},
-    "data": {"data", "errors"},
-    "model": {"kernels", "model", "errors"},
-    "tasks": {"kernels", "model", "tasks", "data", "errors"},
-    "cli": {"kernels", "model", "tasks", "data", "errors", "cli"},
+    "leaf": {"leaf"},
+    "kernels": {"kernels", "leaf"},
+    "data": {"data", "leaf"},
+    "model": {"kernels", "model", "leaf"},
+    "tasks": {"kernels", "model", "tasks", "data", "leaf"},
+    "cli": {"kernels", "model", "tasks", "data", "leaf", "cli"},
 }
 
 
 def layer(module: str) -> str:
     """Layer of a dotted module name of the project."""
     parts = module.split(".")
-    if len(parts) > 1 and parts[1] in ("kernels", "tasks", "data", "errors"):
+    if len(parts) > 1 and parts[1] in ("kernels", "tasks", "data"):
         return parts[1]
+    if len(parts) > 1 and parts[1] in ("errors", "files"):
+        return "leaf"
     if len(parts) > 1 and parts[1] in ("cli", "commands", "__main__"):
         return "cli"
     return "model"

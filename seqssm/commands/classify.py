@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TextIO
 
 import torch
 
 from seqssm.data import FastaWindows
-from seqssm.errors import UserError
+from seqssm.files import atomic_write
 from seqssm.tasks.base import build_task, read_checkpoint
 from seqssm.tasks.dna import DNAClassification
 
@@ -44,7 +40,8 @@ def run(args: argparse.Namespace) -> None:
         batches, f"classify {args.fasta.name}", total=-(-len(windows) // args.batch_size),
         console=Console(stderr=True), disable=not sys.stderr.isatty(),
     )  # fmt: skip
-    with _open_output(args.output) as out, torch.inference_mode():
+    output = nullcontext(sys.stdout) if args.output is None else atomic_write(args.output)
+    with output as out, torch.inference_mode():
         print("record", "start_bp", "end_bp", "label", *task.labels, sep="\t", file=out)
         for places, batch in progress:
             autocast = torch.autocast("cuda", torch.bfloat16, enabled=args.device.startswith("cuda"))
@@ -54,23 +51,3 @@ def run(args: argparse.Namespace) -> None:
             for place, row in zip(places, probabilities.tolist(), strict=True):
                 label = task.labels[max(range(len(row)), key=row.__getitem__)]
                 print(place.record, place.start_bp, place.end_bp, label, *(f"{p:.4f}" for p in row), sep="\t", file=out)
-
-
-@contextmanager
-def _open_output(path: Path | None) -> Iterator[TextIO]:
-    """Standard output, or a file that appears under its name only when it is complete."""
-    if path is None:
-        yield sys.stdout
-        return
-    try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    except OSError as error:
-        raise UserError(f"--output {path}: cannot write there ({error.strerror})") from error
-    try:
-        with os.fdopen(handle, "w") as file:
-            yield file
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
