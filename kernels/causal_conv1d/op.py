@@ -162,7 +162,10 @@ def _backward(
     gradients = module.backward(dy, dfinal_state, x, weight, bias, activation, initial_state, seq_idx, tuple(reverse))
     inputs = (x, weight, bias, initial_state)
     # A custom operator returns tensors only: an absent input's gradient is an empty one.
-    return tuple(x.new_empty(0) if i is None else grad.to(i.dtype) for i, grad in zip(inputs, gradients, strict=True))
+    return tuple(
+        x.new_empty(0) if i is None else grad.to(i.dtype).contiguous()
+        for i, grad in zip(inputs, gradients, strict=True)
+    )
 
 
 @_backward.register_fake
