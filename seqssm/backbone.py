@@ -1,0 +1,342 @@
+"""The shared backbone: pre-norm residual blocks of any pattern of mixers. Tensors in, tensors out: it knows no task."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Required, Self, TypedDict, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from seqssm.directions import NO_STATE, Bidirectional, ReverseComplement
+from seqssm.errors import UserError
+from seqssm.mixers import Mixer, State
+
+
+class MixerSpec(TypedDict, total=False):
+    """A mixer by class path: a short name means ``seqssm.mixers.NAME``. ``init_args`` are its own arguments."""
+
+    class_path: Required[str]
+    init_args: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """What a backbone is made of, as plain data: the same in YAML, JSON and Python.
+
+    Args:
+        d_model: model width d.
+        n_layers: number of mixer blocks.
+        mixers: a mixer for each letter of the pattern.
+        pattern: letters, repeated to ``n_layers``: "m", "mmmmmmma" (one attention layer in eight), "a".
+        mlp_ratio: width of a gated MLP after each mixer, as a multiple of d; 0 for none.
+        bidirectional: read both ways with shared projections ("tied"), with two mixers ("untied"), or forward only.
+            Attention looks both ways by itself.
+        reverse_complement: treat the input, (b, l, 2d), as two strands with the same weights: equivariant, exactly.
+        dropout: of each block's output.
+        norm_eps: epsilon of the RMS norms.
+        residual_in_fp32: keep the residual stream in float32 when the model is cast to 16 bit.
+        checkpoint_activations: recompute each block in the backward pass: less memory, the same results.
+        backend: the kernels' backend.
+    """
+
+    d_model: int = 128
+    n_layers: int = 4
+    mixers: dict[str, MixerSpec] = field(default_factory=lambda: {"m": MixerSpec(class_path="Mamba")})
+    pattern: str = "m"
+    mlp_ratio: float = 0.0
+    bidirectional: Literal["none", "tied", "untied"] = "none"
+    reverse_complement: bool = False
+    dropout: float = 0.0
+    norm_eps: float = 1e-5
+    residual_in_fp32: bool = True
+    checkpoint_activations: bool = False
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.d_model < 1 or self.n_layers < 1:
+            raise UserError(f"backbone: d_model and n_layers must be positive, got {self.d_model} and {self.n_layers}")
+        if not self.pattern or not set(self.pattern) <= set(self.mixers):
+            known = ", ".join(self.mixers) or "none"
+            raise UserError(f"backbone.pattern {self.pattern!r} must be letters of backbone.mixers (there: {known})")
+        if self.bidirectional not in ("none", "tied", "untied"):
+            raise UserError(f"backbone.bidirectional must be none, tied or untied, got {self.bidirectional!r}")
+        for letter, spec in self.mixers.items():
+            if not isinstance(spec, Mapping) or "class_path" not in spec or set(spec) - {"class_path", "init_args"}:
+                raise UserError(f"backbone.mixers.{letter} must have class_path and, if any, init_args; got {spec!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON; :meth:`from_dict` reads it back."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any], *, trusted: bool = False) -> Self:
+        """Read what :meth:`to_dict` gave.
+
+        Args:
+            config: the settings; those left out take their defaults.
+            trusted: also take mixer classes from outside this package, whose code would run.
+
+        Raises:
+            UserError: a key is unknown, a value does not fit, or a class is not to be trusted.
+        """
+        unknown = set(config) - {f.name for f in dataclasses.fields(cls)}
+        if unknown:
+            raise UserError(f"backbone: unknown key {', '.join(sorted(unknown))}; was it written by another version?")
+        result = cls(**config)
+        for letter, spec in result.mixers.items():
+            path = spec["class_path"]
+            if "." in path and not path.startswith("seqssm.") and not trusted:
+                raise UserError(
+                    f"backbone.mixers.{letter}: class {path} is not one of seqssm's; "
+                    "load it in Python with trusted=True if you trust its code"
+                )
+        return result
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · weight over the last dimension (Zhang and Sennrich, 2019), computed in float32."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.eps)
+
+
+class GatedMLP(nn.Module):
+    """SwiGLU: out(silu(gate) · value) (Shazeer, 2020)."""
+
+    def __init__(self, d_model: int, hidden: int) -> None:
+        super().__init__()
+        self.in_proj = nn.Linear(d_model, 2 * hidden, bias=False)
+        self.out_proj = nn.Linear(hidden, d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.in_proj(x).chunk(2, dim=-1)
+        return self.out_proj(F.silu(gate) * value)
+
+
+class Block(nn.Module):
+    """x + mixer(norm(x)), then x + mlp(norm(x)) where there is an MLP."""
+
+    def __init__(self, mixer: Mixer, config: BackboneConfig) -> None:
+        super().__init__()
+        d = config.d_model
+        self.strands = 2 if config.reverse_complement else 1
+        self.norm = RMSNorm(d, config.norm_eps)
+        self.mixer = mixer
+        self.dropout = nn.Dropout(config.dropout)
+        self.mlp: GatedMLP | None = None
+        if config.mlp_ratio > 0:
+            self.mlp_norm = RMSNorm(d, config.norm_eps)
+            self.mlp = GatedMLP(d, round(config.mlp_ratio * d))
+
+    def forward(self, x: Tensor, state: State | None, seq_idx: Tensor | None) -> tuple[Tensor, State]:
+        y, state = self.mixer(per_strand(self.norm, x, self.strands), state, seq_idx=seq_idx)
+        x = x + self.dropout(y)
+        return self._feed_forward(x), state
+
+    def step(self, x: Tensor, state: State) -> Tensor:
+        return self._feed_forward(x + self.mixer.step(self.norm(x), state))
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        if self.mlp is None:
+            return x
+        y = per_strand(self.mlp, per_strand(self.mlp_norm, x, self.strands), self.strands)
+        return x + self.dropout(y)
+
+
+def per_strand(module: nn.Module, x: Tensor, strands: int) -> Tensor:
+    """Apply a module of width d to x (..., strands·d)."""
+    return module(x) if strands == 1 else module(x.unflatten(-1, (strands, -1))).flatten(-2)
+
+
+class Backbone(nn.Module):
+    """Blocks of mixers with a final norm: (b, l, d) -> (b, l, d), or (b, l, 2d) -> (b, l, 2d) with two strands.
+
+    A causal backbone carries a state: fed chunk by chunk, for any chunking, it gives the output of one pass. Its state
+    is flat, with keys such as ``layers.3.scan``.
+
+    Attributes:
+        config: its :class:`BackboneConfig`.
+        causal: whether it can carry a state.
+        d_out: width of its input and output: d, or 2d with two strands.
+
+    Raises:
+        UserError: a mixer's class or arguments do not exist.
+    """
+
+    def __init__(self, config: BackboneConfig) -> None:
+        super().__init__()
+        self.config = config
+        letters = [config.pattern[i % len(config.pattern)] for i in range(config.n_layers)]
+        self.layers = nn.ModuleList(Block(_make_layer(letter, config), config) for letter in letters)
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        residuals = config.n_layers * (2 if config.mlp_ratio > 0 else 1)
+        with torch.no_grad():
+            # Each block adds to the residual stream: as in GPT-2, its growth with depth is taken back at the start.
+            for name, parameter in self.named_parameters():
+                if name.endswith("out_proj.weight"):
+                    parameter.div_(math.sqrt(residuals))
+
+    @property
+    def causal(self) -> bool:
+        return all(block.mixer.causal for block in self.blocks)
+
+    @property
+    def blocks(self) -> list[Block]:
+        return cast(list[Block], list(self.layers))
+
+    @property
+    def d_out(self) -> int:
+        return self.config.d_model * (2 if self.config.reverse_complement else 1)
+
+    def init_state(
+        self, batch: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> State:
+        """The state before the first token, as in :meth:`Mixer.init_state`.
+
+        Raises:
+            UserError: the backbone is not causal.
+        """
+        if not self.causal:
+            raise UserError(NO_STATE)
+        return {
+            f"layers.{i}.{key}": value
+            for i, block in enumerate(self.blocks)
+            for key, value in block.mixer.init_state(batch, device, dtype).items()
+        }
+
+    def forward(self, x: Tensor, state: State | None = None, *, seq_idx: Tensor | None = None) -> tuple[Tensor, State]:
+        """Run a chunk, or a whole sequence.
+
+        Args:
+            x: (b, l, d), or (b, l, 2d) with two strands.
+            state: what the previous chunk returned; None at the start.
+            seq_idx: (b, l) integers; nothing flows across a change of the index. Give padding its own.
+
+        Returns:
+            y, of x's shape, and the state (empty for a backbone that is not causal).
+
+        Raises:
+            UserError: a state is given to a backbone that is not causal.
+        """
+        if state and not self.causal:
+            raise UserError(NO_STATE)
+        if self.config.residual_in_fp32:
+            x = x.to(torch.promote_types(x.dtype, torch.float32))
+        recompute = self.config.checkpoint_activations and torch.is_grad_enabled()
+        new_state: State = {}
+        for i, block in enumerate(self.blocks):
+            past = _layer_state(state, i, block.mixer) if state else None
+            if recompute:
+                x, layer_state = checkpoint(
+                    block, x, past, seq_idx, use_reentrant=False, preserve_rng_state=self.config.dropout > 0
+                )
+            else:
+                x, layer_state = block(x, past, seq_idx)
+            for key, value in layer_state.items():
+                new_state[f"layers.{i}.{key}"] = value
+        return per_strand(self.norm, x, self.d_out // self.config.d_model), new_state
+
+    def step(self, x: Tensor, state: State) -> Tensor:
+        """One token, x (b, d) -> y (b, d), updating ``state`` in place: the fastest decoding, without gradients."""
+        if self.config.residual_in_fp32:
+            x = x.to(torch.promote_types(x.dtype, torch.float32))
+        for i, block in enumerate(self.blocks):
+            past = _layer_state(state, i, block.mixer)
+            x = block.step(x, past)
+            for key, value in past.items():
+                state[f"layers.{i}.{key}"] = value
+        return self.norm(x)
+
+
+def _layer_state(state: State, layer: int, mixer: Mixer) -> State:
+    try:
+        return {key: state[f"layers.{layer}.{key}"] for key in mixer.state_keys}
+    except KeyError as error:
+        raise ValueError(f"the state has no {error.args[0]}: it belongs to another model") from None
+
+
+def _make_layer(letter: str, config: BackboneConfig) -> Mixer:
+    def make() -> Mixer:
+        mixer = make_mixer(config.mixers[letter], config.d_model, f"backbone.mixers.{letter}")
+        mixer.backend = config.backend
+        return mixer
+
+    mixer = make()
+    if config.bidirectional != "none":
+        if mixer.recurrent:
+            mixer = Bidirectional(mixer, make(), tied=config.bidirectional == "tied")
+        else:
+            mixer.causal = False
+    return ReverseComplement(mixer) if config.reverse_complement else mixer
+
+
+def make_mixer(spec: MixerSpec, d_model: int, name: str = "mixer") -> Mixer:
+    """Build a mixer from its spec.
+
+    Raises:
+        UserError: there is no such class, or it takes other arguments; ``name`` says where the spec stands.
+    """
+    path = spec["class_path"]
+    module, _, attribute = (path if "." in path else f"seqssm.mixers.{path}").rpartition(".")
+    try:
+        cls = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"{name}: there is no class {path} ({error})") from error
+    if not (isinstance(cls, type) and issubclass(cls, Mixer)):
+        raise UserError(f"{name}: {path} is not a seqssm.mixers.Mixer")
+    try:
+        return cls(d_model, **spec.get("init_args", {}))
+    except TypeError as error:
+        raise UserError(f"{name}: {path} does not take these init_args ({error})") from error
+
+
+class LanguageModel(nn.Module):
+    """Embedding, causal backbone and a head over the vocabulary.
+
+    Args:
+        vocab_size: number of tokens.
+        config: the backbone; forward only, one strand.
+        tie: use the embedding as the head.
+    """
+
+    def __init__(self, vocab_size: int, config: BackboneConfig, tie: bool = True) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocab_size, config.d_model)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        self.backbone = Backbone(config)
+        if not self.backbone.causal:
+            raise UserError("a language model predicts from the past: bidirectional: none, reverse_complement: false")
+        self.head = None if tie else nn.Linear(config.d_model, vocab_size, bias=False)
+
+    def init_state(
+        self, batch: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> State:
+        """The state before the first token."""
+        return self.backbone.init_state(batch, device, dtype)
+
+    def forward(
+        self, tokens: Tensor, state: State | None = None, *, seq_idx: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """tokens (b, l) integers -> logits (b, l, vocab_size) and the state."""
+        y, state = self.backbone(self.embedding(tokens), state, seq_idx=seq_idx)
+        return self._logits(y), state
+
+    def step(self, tokens: Tensor, state: State) -> Tensor:
+        """tokens (b,) -> logits (b, vocab_size), updating ``state`` in place. No gradients."""
+        return self._logits(self.backbone.step(self.embedding(tokens), state))
+
+    def _logits(self, y: Tensor) -> Tensor:
+        weight = self.embedding.weight if self.head is None else self.head.weight
+        return F.linear(y.to(weight.dtype), weight)
