@@ -313,12 +313,22 @@ class LanguageModel(nn.Module):
 
     def __init__(self, vocab_size: int, config: BackboneConfig, tie: bool = True) -> None:
         super().__init__()
+        self.vocab_size, self.tie = vocab_size, tie
         self.embedding = nn.Embedding(vocab_size, config.d_model)
         nn.init.normal_(self.embedding.weight, std=0.02)
         self.backbone = Backbone(config)
         if not self.backbone.causal:
             raise UserError("a language model predicts from the past: bidirectional: none, reverse_complement: false")
         self.head = None if tie else nn.Linear(config.d_model, vocab_size, bias=False)
+
+    def init_args(self) -> dict[str, Any]:
+        """The arguments that build this model again, as plain data."""
+        return {"vocab_size": self.vocab_size, "config": self.backbone.config.to_dict(), "tie": self.tie}
+
+    @classmethod
+    def from_init_args(cls, init_args: Mapping[str, Any]) -> Self:
+        """Build a model, with fresh weights, from what :meth:`init_args` gave."""
+        return cls(**{**init_args, "config": BackboneConfig.from_dict(init_args["config"])})
 
     def init_state(
         self, batch: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
