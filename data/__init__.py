@@ -1,1 +1,20 @@
 """Files to batches; imports neither models nor kernels. Imported as ``seqssm.data``."""
+
+from typing import TYPE_CHECKING
+
+from seqssm.data.dna import alphabet
+from seqssm.data.dna.sampling import DNABatch
+
+if TYPE_CHECKING:
+    from seqssm.data.dna.datamodule import DNADataModule
+
+__all__ = ["DNABatch", "DNADataModule", "alphabet"]
+
+
+def __getattr__(name: str) -> object:
+    """Import Lightning only for those who ask for a DataModule."""
+    if name == "DNADataModule":
+        from seqssm.data.dna.datamodule import DNADataModule
+
+        return DNADataModule
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,315 @@
+"""Windows over regions: a fixed grid, or seeded random draws that depend on (seed, epoch, index) alone."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from seqssm.data.dna.alphabet import PAD, reverse_complement
+from seqssm.data.dna.sources import Library
+from seqssm.errors import UserError
+
+MAX_DRAWS = 200
+
+
+class DNABatch(NamedTuple):
+    """tokens (b,l) uint8, padded on the right with PAD; lengths (b,) int64; labels (b,) int64."""
+
+    tokens: Tensor
+    lengths: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Windows in data set order, as arrays of equal length.
+
+    record_id, group_id: (w,) int64 into `record_names` and `group_names`; start_bp, length: (w,) int64;
+    label: (w,) int64 class ids.
+    """
+
+    record_id: np.ndarray
+    start_bp: np.ndarray
+    length: np.ndarray
+    label: np.ndarray
+    group_id: np.ndarray
+    record_names: np.ndarray
+    group_names: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.record_id)
+
+    def __getitem__(self, which: np.ndarray) -> "Windows":
+        """The chosen windows, by index array, mask or slice."""
+        arrays = (self.record_id, self.start_bp, self.length, self.label, self.group_id)
+        return Windows(*(values[which] for values in arrays), self.record_names, self.group_names)
+
+    @property
+    def end_bp(self) -> np.ndarray:
+        """(w,) int64, exclusive."""
+        return self.start_bp + self.length
+
+    @property
+    def record(self) -> np.ndarray:
+        """(w,) record names, unique to a record."""
+        return self.record_names[self.record_id]
+
+    @property
+    def group(self) -> np.ndarray:
+        """(w,) group names: the unit to resample for intervals."""
+        return self.group_names[self.group_id]
+
+
+def grid_windows(regions: Windows, window_bp: int | None, stride_bp: int | None, min_window_bp: int | None) -> Windows:
+    """Windows at every `stride_bp` (default: a window) of each region, all whole; None for `window_bp` takes regions
+    as they are. A region shorter than a window is taken whole from `min_window_bp` on, otherwise left out; what
+    remains behind the last whole window of a longer one is left out too (nothing is padded with N)."""
+    if window_bp is None:
+        return regions
+    stride_bp = stride_bp or window_bp
+    shortest = window_bp if min_window_bp is None else min(min_window_bp, window_bp)
+    regions = regions[regions.length >= shortest]
+    count = np.maximum((regions.length - window_bp) // stride_bp, 0) + 1
+    which = np.repeat(np.arange(len(regions)), count)
+    step = np.arange(len(which)) - np.repeat(np.cumsum(count) - count, count)
+    grid = regions[which]
+    start_bp = grid.start_bp + step * stride_bp
+    length = np.minimum(grid.length, window_bp)
+    return Windows(
+        grid.record_id, start_bp, length, grid.label, grid.group_id, regions.record_names, regions.group_names
+    )
+
+
+def within_n_cap(windows: Windows, library: Library, max_n_fraction: float) -> np.ndarray:
+    """Mask (w,) of the windows whose share of N is at most the cap; a window of nothing but N never is."""
+    n_count = library.n_count(windows.record_id, windows.start_bp, windows.end_bp)
+    return (n_count <= max_n_fraction * windows.length) & (n_count < windows.length)
+
+
+class Sample(NamedTuple):
+    """One window: tokens (l,) uint8, its class id, and whether `collate` is to turn it to the other strand."""
+
+    tokens: np.ndarray
+    label: int
+    flip: bool
+
+
+class WindowDataset(Dataset[Sample]):
+    """The windows of `windows` in their order, every epoch the same."""
+
+    def __init__(self, library: Library, windows: Windows) -> None:
+        self.library = library
+        self.windows = windows
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, index: int) -> Sample:
+        return _read(self.library, self.windows, index, False)
+
+
+def _read(library: Library, windows: Windows, at: int, flip: bool) -> Sample:
+    start_bp = int(windows.start_bp[at])
+    tokens = library.tokens(int(windows.record_id[at]), start_bp, start_bp + int(windows.length[at]))
+    return Sample(tokens, int(windows.label[at]), flip)
+
+
+class TrainingDataset(Dataset[Sample]):
+    """An unending sequence of windows, `len(self)` of them to an epoch; item i is a function of (seed, i) alone.
+
+    `candidates` are whole regions to draw from anywhere (`random_start`), or fixed windows to take in random order,
+    each once before any comes again. With `balance`, every class gives the same number of windows to an epoch.
+    `windows` describes epoch 0: items 0 to len(self) - 1.
+    """
+
+    def __init__(
+        self,
+        library: Library,
+        candidates: Windows,
+        *,
+        windows_per_epoch: int,
+        seed: int,
+        window_bp: int | None = None,
+        random_start: bool = False,
+        balance: bool = False,
+        rc_probability: float = 0.0,
+        max_n_fraction: float = 1.0,
+    ) -> None:
+        self.library = library
+        self.candidates = candidates
+        self.windows_per_epoch = windows_per_epoch
+        self.seed = seed
+        self.window_bp = window_bp
+        self.random_start = random_start
+        self.balance = balance
+        self.rc_probability = rc_probability
+        self.max_n_fraction = max_n_fraction
+        self._epoch = -1
+        self.windows, _ = self.draw(0)
+
+    def __len__(self) -> int:
+        return self.windows_per_epoch
+
+    def __getitem__(self, index: int) -> Sample:
+        epoch, at = divmod(index, self.windows_per_epoch)
+        if epoch != self._epoch:
+            self._drawn = self.draw(epoch)
+            self._epoch = epoch
+        windows, flip = self._drawn
+        return _read(self.library, windows, at, bool(flip[at]))
+
+    def draw(self, epoch: int) -> tuple[Windows, np.ndarray]:
+        """The epoch's windows in training order, and which of them are read from the other strand (w,) bool."""
+        rng = np.random.default_rng([self.seed, epoch])
+        if self.random_start:
+            windows = self._draw_starts(rng)
+        else:
+            windows = self.candidates[self._draw_fixed(rng, epoch)]
+        return windows, rng.random(self.windows_per_epoch) < self.rc_probability
+
+    def _pools(self) -> list[np.ndarray]:
+        """Candidates to draw from in equal shares: those of each class, or all of them."""
+        if not self.balance:
+            return [np.arange(len(self.candidates))]
+        return [np.flatnonzero(self.candidates.label == label) for label in np.unique(self.candidates.label)]
+
+    def _pool_of_item(self, rng: np.random.Generator, pools: int) -> np.ndarray:
+        return rng.permutation(np.arange(self.windows_per_epoch) % pools)
+
+    def _draw_fixed(self, rng: np.random.Generator, epoch: int) -> np.ndarray:
+        pools = self._pools()
+        pool_of_item = self._pool_of_item(rng, len(pools))
+        chosen = np.empty(self.windows_per_epoch, np.int64)
+        for number, pool in enumerate(pools):
+            items = np.flatnonzero(pool_of_item == number)
+            chosen[items] = self._shuffled_rounds(number, pool, epoch * len(items), len(items))
+        return chosen
+
+    def _shuffled_rounds(self, number: int, pool: np.ndarray, first: int, count: int) -> np.ndarray:
+        """Items first to first + count of the endless sequence of the pool's permutations."""
+        rounds = range(first // len(pool), (first + count - 1) // len(pool) + 1)
+        order = [pool[np.random.default_rng([self.seed, number, r, 1]).permutation(len(pool))] for r in rounds]
+        skip = first - rounds.start * len(pool)
+        return np.concatenate(order)[skip : skip + count]
+
+    def _draw_starts(self, rng: np.random.Generator) -> Windows:
+        assert self.window_bp is not None
+        regions, pools = self.candidates, self._pools()
+        starts = np.maximum(regions.length - self.window_bp + 1, 1)  # a region taken whole has one
+        pool_of_item = self._pool_of_item(rng, len(pools))
+        region = np.zeros(self.windows_per_epoch, np.int64)
+        offset = np.zeros(self.windows_per_epoch, np.int64)
+        missing = np.arange(self.windows_per_epoch)
+        for _ in range(MAX_DRAWS):
+            for number, pool in enumerate(pools):
+                items = missing[pool_of_item[missing] == number]
+                ends = np.cumsum(starts[pool])
+                position = rng.integers(0, ends[-1], len(items))
+                at = np.searchsorted(ends, position, side="right")
+                region[items] = pool[at]
+                offset[items] = position - (ends[at] - starts[pool[at]])
+            windows = self._at(region, offset)
+            missing = missing[~within_n_cap(windows[missing], self.library, self.max_n_fraction)]
+            if not len(missing):
+                return windows
+        name = regions.record[region[missing[0]]]
+        raise UserError(
+            f"hardly a window of {self.window_bp} bp has under {self.max_n_fraction:.0%} N (in {name!r}, for one): "
+            "raise max_n_fraction or lower window_bp"
+        )
+
+    def _at(self, region: np.ndarray, offset: np.ndarray) -> Windows:
+        drawn = self.candidates[region]
+        assert self.window_bp is not None
+        length = np.minimum(drawn.length, self.window_bp)
+        return Windows(
+            drawn.record_id,
+            drawn.start_bp + offset,
+            length,
+            drawn.label,
+            drawn.group_id,
+            drawn.record_names,
+            drawn.group_names,
+        )
+
+
+def collate(samples: Sequence[Sample]) -> DNABatch:
+    """Pad on the right to the longest, then turn the marked rows to the other strand all at once."""
+    lengths = torch.tensor([len(sample.tokens) for sample in samples])
+    tokens = np.full((len(samples), int(lengths.max())), PAD, np.uint8)
+    for row, sample in zip(tokens, samples, strict=True):
+        row[: len(sample.tokens)] = sample.tokens
+    batch = torch.from_numpy(tokens)
+    flip = torch.tensor([sample.flip for sample in samples])
+    if flip.any():
+        batch[flip] = reverse_complement(batch[flip], lengths[flip])
+    return DNABatch(batch, lengths, torch.tensor([sample.label for sample in samples]))
+
+
+class EpochSampler(DistributedSampler[int]):
+    """Items epoch * n to (epoch + 1) * n - 1, every `num_replicas`-th of them, from a batch onwards when resumed.
+
+    A DistributedSampler, so that Lightning leaves it alone and tells it the epoch.
+    """
+
+    def __init__(self, dataset: TrainingDataset, batch_size: int, num_replicas: int = 1, rank: int = 0) -> None:
+        super().__init__(dataset, num_replicas=num_replicas, rank=rank)
+        self.batch_size = batch_size
+        self.first_batch = 0
+        share = len(dataset) // num_replicas
+        # whole batches only, and as many for every rank, unless the epoch is smaller than one
+        self.per_rank = share - share % batch_size if share >= batch_size else share
+
+    def set_epoch(self, epoch: int) -> None:
+        """Begin at the epoch's first batch, unless the epoch is the one to be resumed."""
+        if epoch != self.epoch:
+            self.epoch, self.first_batch = epoch, 0
+
+    def __len__(self) -> int:
+        return self.per_rank
+
+    def __iter__(self) -> Iterator[int]:
+        first = self.epoch * len(self.dataset)  # type: ignore[arg-type]
+        items = range(first + self.rank, first + self.per_rank * self.num_replicas, self.num_replicas)
+        yield from items[self.first_batch * self.batch_size :]
+
+
+class ResumableLoader(DataLoader):
+    """A training loader that a Lightning checkpoint remembers to the batch, also in the middle of an epoch."""
+
+    sampler: EpochSampler
+    _batches = 0
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        # a generator, so that workers start after Lightning has set the epoch, not before
+        self._batches = self.sampler.first_batch
+        for batch in super().__iter__():
+            self._batches += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """The epoch and how many of its batches have been given out."""
+        return {"epoch": self.sampler.epoch, "batches": self._batches}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue behind the last batch given out."""
+        finished = state["batches"] >= len(self)
+        self.sampler.epoch = state["epoch"] + finished
+        self.sampler.first_batch = 0 if finished else state["batches"]
+
+
+class ShardSampler(DistributedSampler[int]):
+    """Every `num_replicas`-th item in order, none twice: the scores of a split are over its windows, each once."""
+
+    def __init__(self, dataset: Dataset, num_replicas: int = 1, rank: int = 0) -> None:
+        super().__init__(dataset, num_replicas=num_replicas, rank=rank, shuffle=False)
+
+    def __len__(self) -> int:
+        return len(range(self.rank, len(self.dataset), self.num_replicas))  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[int]:
+        yield from range(self.rank, len(self.dataset), self.num_replicas)  # type: ignore[arg-type]

@@ -1,0 +1,358 @@
+"""What users have, whatever its layout, as one table of regions: record, start, end, and named text columns.
+
+Layouts (`Layout.path`):
+- a table (CSV, TSV) with a `sequence` column: each row is a record;
+- a table with a `path` column (relative to the table): each row is a sequence file, its other columns hold for all
+  records of the file;
+- a FASTA, GenBank, EMBL or 2bit file; `labels_table` gives columns by its `record` column;
+- a BED file with `fasta`: each line is a region;
+- a folder with `train`, `dev`/`val`, `test` files of the first three kinds;
+- a folder of class folders, or of split folders of class folders, with sequence files (Genomic Benchmarks).
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from seqssm.data.dna.indexing import Sequences, open_sequences
+from seqssm.data.dna.reading import (
+    BIOPYTHON_FORMATS,
+    FASTA_SUFFIXES,
+    TABLE_SUFFIXES,
+    TEXT_SUFFIXES,
+    Table,
+    check_letters,
+    read_bed,
+    read_table,
+    read_text_sequence,
+    starts_with,
+    suffix_of,
+)
+from seqssm.data.progress import progress_bar
+from seqssm.errors import UserError
+
+SPLITS = ("train", "val", "test")
+SPLIT_NAMES = {
+    **{name: name for name in (*SPLITS, "drop")},
+    **dict.fromkeys(("dev", "valid", "validate", "validation"), "val"),
+    **dict.fromkeys(("training",), "train"),
+    **dict.fromkeys(("testing",), "test"),
+}
+SEQUENCE_SUFFIXES = (*FASTA_SUFFIXES, *BIOPYTHON_FORMATS)
+
+
+def split_name(name: str, where: str) -> str:
+    """`train`, `val`, `test` or `drop` for a name or its usual synonyms; raises UserError for any other."""
+    if name.lower() not in SPLIT_NAMES:
+        raise UserError(f"{where}: unknown split {name!r}: use train, val, test or drop")
+    return SPLIT_NAMES[name.lower()]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the data lie and how their columns are called."""
+
+    path: Path
+    fasta: Path | None = None
+    labels_table: Path | None = None
+    label_column: str = "label"
+    split_column: str = "split"
+    sequence_column: str = "sequence"
+    path_column: str = "path"
+    record_column: str = "record"
+    bed_columns: tuple[str, ...] = ("label",)
+    record_pattern: str | None = None
+
+
+@dataclass
+class Library:
+    """All records of all sources under one numbering.
+
+    Attributes: `names` (record names), `files` (the file of each record), `lengths` (r,) int64 in bases.
+    """
+
+    stores: list[Sequences] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)
+    _first: list[int] = field(default_factory=list)
+
+    def add(self, store: Sequences, files: list[str]) -> int:
+        """Append a source's records; returns the number of its first one."""
+        first = len(self.names)
+        self.stores.append(store)
+        self._first.append(first)
+        self.names += store.names
+        self.files += files
+        self.__dict__.pop("lengths", None)
+        return first
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        return np.concatenate([store.lengths for store in self.stores])
+
+    def _locate(self, record: int) -> tuple[Sequences, int]:
+        at = int(np.searchsorted(self._first, record, side="right")) - 1
+        return self.stores[at], record - self._first[at]
+
+    def tokens(self, record: int, start_bp: int, end_bp: int) -> np.ndarray:
+        """Tokens (end_bp - start_bp,) uint8 of a stretch of a record."""
+        store, local = self._locate(record)
+        return store.tokens(local, start_bp, end_bp)
+
+    def n_count(self, record: np.ndarray, start_bp: np.ndarray, end_bp: np.ndarray) -> np.ndarray:
+        """Ambiguous bases in each interval, (w,) int64."""
+        counts = np.zeros(len(record), np.int64)
+        owner = np.searchsorted(self._first, record, side="right") - 1
+        for at in np.unique(owner):
+            mine = owner == at
+            local = record[mine] - self._first[at]
+            counts[mine] = self.stores[at].n_count(local, start_bp[mine], end_bp[mine])
+        return counts
+
+
+@dataclass
+class Regions:
+    """Stretches of records, each with its columns: arrays of equal length."""
+
+    record: np.ndarray
+    start_bp: np.ndarray
+    end_bp: np.ndarray
+    columns: dict[str, np.ndarray]
+
+    def __len__(self) -> int:
+        return len(self.record)
+
+    def __getitem__(self, which: np.ndarray) -> "Regions":
+        columns = {name: values[which] for name, values in self.columns.items()}
+        return Regions(self.record[which], self.start_bp[which], self.end_bp[which], columns)
+
+    def column(self, name: str, option: str) -> np.ndarray:
+        """A column's values (r,), str; raises UserError naming the option that asked for it."""
+        if name not in self.columns:
+            raise UserError(f"{option} names the column {name!r}, but the data have {', '.join(sorted(self.columns))}")
+        return self.columns[name]
+
+
+Columns = dict[str, str]
+
+
+@dataclass
+class Listing:
+    """What file names and tables say before any sequence is read."""
+
+    layout: Layout
+    files: list[tuple[Path, Columns]] = field(default_factory=list)  # sequence files
+    tables: list[tuple[Table, Columns]] = field(default_factory=list)  # tables of sequences
+    rows: dict[str, Columns] | None = None  # by record name, from labels_table
+    intervals: list[tuple[str, int, int, Columns, int]] | None = None  # from BED
+
+    def label_values(self) -> set[str] | None:
+        """Every label that the tables name, or None where only the records' names hold them."""
+        key = self.layout.label_column
+        found = {columns[key] for _, columns in self.files if key in columns}
+        for table, columns in self.tables:
+            found |= {columns[key]} if key in columns else set(table.column(key, "label_column"))
+        for columns in (self.rows or {}).values():
+            found |= {columns[key]} if key in columns else set()
+        for interval in self.intervals or ():
+            found |= {interval[3][key]} if key in interval[3] else set()
+        return found - {""} or None
+
+    def load(self, index_dir: Path | None) -> tuple[Library, Regions]:
+        """Index or read every source; returns its records and their regions."""
+        library = Library()
+        file_columns: list[Columns] = []  # for each record
+        self._load_files(library, file_columns, index_dir)
+        for table, columns in self.tables:
+            names, sequences = _table_records(table, self.layout)
+            library.add(Sequences.from_records(zip(names, sequences, strict=True)), [table.path.name] * len(names))
+            skip = self.layout.sequence_column
+            file_columns += [{**columns, **{k: v for k, v in row.items() if k != skip}} for row in table.records()]
+        record_columns = self._with_rows(library, file_columns)
+        if self.layout.record_pattern is not None:
+            _add_pattern_columns(library, record_columns, self.layout.record_pattern)
+        if self.intervals is None:
+            count = len(library.names)
+            return library, _regions(library, np.arange(count), np.zeros(count), library.lengths, record_columns)
+        return library, self._interval_regions(library, record_columns)
+
+    def _load_files(self, library: Library, file_columns: list[Columns], index_dir: Path | None) -> None:
+        texts: list[tuple[Path, Columns]] = []
+        with progress_bar("opening sequence files", len(self.files)) as advance:
+            for path, columns in self.files:
+                if suffix_of(path) in TEXT_SUFFIXES and not starts_with(path, b">"):
+                    texts.append((path, columns))
+                else:
+                    store = open_sequences(path, index_dir)
+                    library.add(store, [path.name] * len(store.names))
+                    file_columns += [columns] * len(store.names)
+                advance(1)
+        if texts:
+            with progress_bar("reading sequences", len(texts)) as advance:
+
+                def records() -> Iterator[tuple[str, bytes]]:
+                    for path, _ in texts:
+                        yield path.name, read_text_sequence(path)
+                        advance(1)
+
+                library.add(Sequences.from_records(records()), [path.name for path, _ in texts])
+            file_columns += [columns for _, columns in texts]
+
+    def _with_rows(self, library: Library, file_columns: list[Columns]) -> list[Columns]:
+        if self.rows is None:
+            return list(file_columns)
+        table = self.layout.labels_table
+        unknown = self.rows.keys() - set(library.names)
+        if unknown:
+            raise UserError(
+                f"{table} names the record {min(unknown)!r}, which the sequences do not have "
+                f"({len(unknown)} such): correct column {self.layout.record_column!r}"
+            )
+        empty: Columns = {}
+        return [
+            {**columns, **self.rows.get(name, empty)} for name, columns in zip(library.names, file_columns, strict=True)
+        ]
+
+    def _interval_regions(self, library: Library, record_columns: list[Columns]) -> Regions:
+        assert self.intervals is not None
+        number = {name: i for i, name in enumerate(library.names)}
+        records, columns = [], []
+        for name, _start, end_bp, own, line in self.intervals:
+            if name not in number:
+                raise UserError(f"{self.layout.path} line {line}: {name!r} is no record of {self.layout.fasta}")
+            record = number[name]
+            if end_bp > library.lengths[record]:
+                raise UserError(
+                    f"{self.layout.path} line {line}: the interval ends at {end_bp}, outside of {name!r} "
+                    f"({library.lengths[record]} bp): use coordinates of {self.layout.fasta}"
+                )
+            records.append(record)
+            columns.append({**record_columns[record], **own})
+        starts, ends = np.array([(i[1], i[2]) for i in self.intervals], np.int64).T
+        return _regions(library, np.array(records), starts, ends, columns)
+
+
+def list_sources(layout: Layout) -> Listing:
+    """Recognise the layout and read its tables; raises UserError for one that is none of those above."""
+    listing = Listing(layout)
+    path = layout.path
+    if not path.exists():
+        raise UserError(f"{path} does not exist: set path to a table, a sequence file, a BED file or a folder")
+    if path.is_dir():
+        _list_folder(listing, path)
+    elif suffix_of(path) == ".bed":
+        if layout.fasta is None:
+            raise UserError(f"{path} is a BED file: set fasta to the sequences it refers to")
+        listing.intervals = [tuple(i) for i in read_bed(path, list(layout.bed_columns))]  # type: ignore[misc]
+        listing.files.append((layout.fasta, {}))
+    else:
+        _list_file(listing, path, {})
+    if layout.labels_table is not None:
+        table = read_table(layout.labels_table)
+        listing.rows = {}
+        for name, row in zip(table.column(layout.record_column, "record_column"), table.records(), strict=True):
+            if name in listing.rows:
+                raise UserError(f"{table.path} names the record {name!r} twice")
+            listing.rows[name] = row
+    return listing
+
+
+def _list_file(listing: Listing, path: Path, columns: Columns) -> None:
+    layout = listing.layout
+    if suffix_of(path) in BIOPYTHON_FORMATS or starts_with(path, b">"):
+        listing.files.append((path, columns))
+        return
+    if suffix_of(path) in FASTA_SUFFIXES:
+        raise UserError(f"{path} is not FASTA: it does not start with '>'")
+    table = read_table(path)
+    if layout.sequence_column in table.columns:
+        listing.tables.append((table, columns))
+    elif layout.path_column in table.columns:
+        for row in table.records():
+            listing.files.append((path.parent / row[layout.path_column], {**columns, **row}))
+        _refuse_repeats(path, [file for file, _ in listing.files])
+    else:
+        raise UserError(
+            f"{path} has neither a column {layout.sequence_column!r} nor {layout.path_column!r} "
+            f"(it has {', '.join(table.columns)}): set sequence_column or path_column"
+        )
+
+
+def _refuse_repeats(table: Path, files: list[Path]) -> None:
+    seen: set[Path] = set()
+    for file in files:
+        if file in seen:
+            raise UserError(f"{table} names the file {file.name!r} twice")
+        seen.add(file)
+
+
+def _list_folder(listing: Listing, folder: Path) -> None:
+    layout = listing.layout
+    entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    files = [entry for entry in entries if entry.is_file() and _stem(entry).lower() in SPLIT_NAMES]
+    folders = [entry for entry in entries if entry.is_dir()]
+    if files:
+        for file in files:
+            _list_file(listing, file, {layout.split_column: split_name(_stem(file), str(folder))})
+    elif folders and all(entry.name.lower() in SPLIT_NAMES for entry in folders):
+        for entry in folders:
+            _list_classes(listing, entry, {layout.split_column: split_name(entry.name, str(folder))})
+    else:
+        _list_classes(listing, folder, {})
+    if not (listing.files or listing.tables):
+        raise UserError(
+            f"{folder} has neither train/dev/test files nor class folders with sequence files "
+            f"({', '.join((*SEQUENCE_SUFFIXES, *TEXT_SUFFIXES))}, also .gz)"
+        )
+
+
+def _list_classes(listing: Listing, folder: Path, columns: Columns) -> None:
+    for entry in sorted(entry for entry in folder.iterdir() if entry.is_dir()):
+        files = sorted(f for f in entry.iterdir() if suffix_of(f) in (*SEQUENCE_SUFFIXES, *TEXT_SUFFIXES))
+        for file in files:
+            listing.files.append((file, {**columns, listing.layout.label_column: entry.name}))
+
+
+def _stem(path: Path) -> str:
+    suffix = suffix_of(path)
+    known = (*TABLE_SUFFIXES, *SEQUENCE_SUFFIXES, *TEXT_SUFFIXES)
+    return path.name[: path.name.lower().rfind(suffix)] if suffix in known else path.name
+
+
+def _table_records(table: Table, layout: Layout) -> tuple[list[str], list[bytes]]:
+    sequences = []
+    for line, cell in zip(table.lines, table.column(layout.sequence_column, "sequence_column"), strict=True):
+        letters = cell.encode()
+        if not letters:
+            raise UserError(f"{table.path} line {line} has an empty sequence")
+        check_letters(letters, f"{table.path} line {line}")
+        sequences.append(letters)
+    return [f"{table.path.name}:{line}" for line in table.lines], sequences
+
+
+def _add_pattern_columns(library: Library, record_columns: list[Columns], pattern: str) -> None:
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"record_pattern {pattern!r} is not a regular expression: {error}") from error
+    if not compiled.groupindex:
+        raise UserError(f"record_pattern {pattern!r} has no named group (?P<column>...)")
+    for i, name in enumerate(library.names):
+        match = compiled.search(name)
+        if match is None:
+            raise UserError(f"record_pattern {pattern!r} does not match the record {name!r} of {library.files[i]}")
+        record_columns[i] = {**record_columns[i], **{k: v or "" for k, v in match.groupdict().items()}}
+
+
+def _regions(
+    library: Library, record: np.ndarray, start_bp: np.ndarray, end_bp: np.ndarray, columns: list[Columns]
+) -> Regions:
+    names = {"record": [library.names[r] for r in record], "file": [library.files[r] for r in record]}
+    for name in sorted({name for row in columns for name in row}):
+        names[name] = [row.get(name, "") for row in columns]
+    arrays = {name: np.array(values, dtype=object) for name, values in names.items()}
+    return Regions(record.astype(np.int64), start_bp.astype(np.int64), end_bp.astype(np.int64), arrays)

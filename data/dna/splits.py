@@ -1,0 +1,160 @@
+"""Regions to train, validation and test: by column, rule, group or position."""
+
+import itertools
+import re
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from seqssm.data.dna.sources import SPLITS, Regions, split_name
+from seqssm.errors import UserError
+
+DROP = "drop"
+
+
+@dataclass(frozen=True)
+class SplitPlan:
+    """How regions are divided; at most one of `rules`, `positions` and `group`, else the split column, else records.
+
+    rules: ordered `{split: NAME, COLUMN: REGEX, ...}`; the first whose expressions all match whole values decides.
+    positions: `{split: [from, to]}` in fractions of each record; `guard_bp` is kept clear between two splits.
+    group: the column whose values stay together, divided at random by `fractions`, class by class.
+    val_fraction: held out of train, by group (or record), where a column or rules leave no validation split.
+    """
+
+    column: str = "split"
+    rules: list[dict[str, str]] | None = None
+    positions: dict[str, list[float]] | None = None
+    group: str | None = None
+    fractions: dict[str, float] = field(default_factory=lambda: {"train": 0.8, "val": 0.1, "test": 0.1})
+    guard_bp: int = 0
+    val_fraction: float = 0.1
+    seed: int = 0
+
+
+def split_regions(regions: Regions, plan: SplitPlan, label_column: str) -> tuple[Regions, np.ndarray]:
+    """The regions, cut where the plan cuts by position, and each one's split (r,) of `train`, `val`, `test`, `drop`."""
+    given = [n for n in ("rules", "positions", "group") if getattr(plan, n) is not None]
+    if len(given) > 1:
+        raise UserError(f"split_{given[0]} and split_{given[1]} are both set: keep one")
+    if plan.positions is not None:
+        return _by_position(regions, plan)
+    labels = regions.columns.get(label_column, np.full(len(regions), "", object))
+    if plan.rules is not None:
+        split = _by_rule(regions, plan.rules)
+    elif plan.group is None and plan.column in regions.columns:
+        split = _by_column(regions, plan.column)
+    else:
+        groups = regions.column(plan.group or "record", "split_group")
+        return regions, _by_group(groups, labels, _fractions(plan.fractions), plan.seed)
+    if plan.val_fraction and not (split == "val").any():
+        train = split == "train"
+        shares = {"train": 1 - plan.val_fraction, "val": plan.val_fraction}
+        split[train] = _by_group(regions.columns["record"][train], labels[train], shares, plan.seed)
+    return regions, split
+
+
+def _by_column(regions: Regions, column: str) -> np.ndarray:
+    names = {value: split_name(value, f"column {column!r}") for value in set(regions.columns[column])}
+    return np.array([names[value] for value in regions.columns[column]], dtype=object)
+
+
+def _by_rule(regions: Regions, rules: list[dict[str, str]]) -> np.ndarray:
+    split = np.full(len(regions), "", dtype=object)
+    for number, rule in enumerate(rules, start=1):
+        where = f"split_rules entry {number}"
+        if "split" not in rule:
+            raise UserError(f"{where} lacks the key 'split'")
+        name = split_name(str(rule["split"]), where)
+        matches = split == ""
+        for column, pattern in rule.items():
+            if column != "split":
+                matches = matches & _matches(regions.column(column, where), str(pattern), where)
+        split[matches] = name
+    if (split == "").any():
+        record = regions.columns["record"][np.argmax(split == "")]
+        raise UserError(f"record {record!r} matches none of split_rules: end them with {{split: train}} or drop")
+    return split
+
+
+def _matches(values: np.ndarray, pattern: str, where: str) -> np.ndarray:
+    try:
+        match: Callable = re.compile(pattern).fullmatch
+    except re.error as error:
+        raise UserError(f"{where}: {pattern!r} is not a regular expression: {error}") from error
+    matching = {value for value in set(values) if match(value)}
+    return np.array([value in matching for value in values], bool)
+
+
+def _fractions(fractions: dict[str, float]) -> dict[str, float]:
+    shares = {split_name(name, "split_fractions"): share for name, share in fractions.items()}
+    if any(share < 0 for share in shares.values()) or abs(sum(shares.values()) - 1) > 1e-6:
+        raise UserError(f"split_fractions {fractions} must be positive and sum to 1")
+    return shares
+
+
+def _by_group(groups: np.ndarray, labels: np.ndarray, shares: dict[str, float], seed: int) -> np.ndarray:
+    """Divide groups at random, each class (or mixture of classes) by itself; every share gets at least one group of
+    each class where there are enough of them."""
+    label_sets: dict[str, set[str]] = {}
+    for group, label in zip(groups, labels, strict=True):
+        label_sets.setdefault(group, set()).add(label)
+    strata: dict[tuple[str, ...], list[str]] = {}
+    for group in sorted(label_sets):
+        strata.setdefault(tuple(sorted(label_sets[group])), []).append(group)
+    split_of: dict[str, str] = {}
+    names = [name for name in (*SPLITS, DROP) if shares.get(name)]
+    for stratum, members in strata.items():
+        rng = np.random.default_rng([seed, zlib.crc32("\0".join(stratum).encode())])
+        order = [members[i] for i in rng.permutation(len(members))]
+        counts = _apportion(len(members), [shares[name] for name in names])
+        for name, count in zip(names, counts, strict=True):
+            split_of.update(dict.fromkeys(order[:count], name))
+            order = order[count:]
+    return np.array([split_of[group] for group in groups], dtype=object)
+
+
+def _apportion(total: int, shares: list[float]) -> list[int]:
+    """Whole numbers near total * shares that sum to total, none zero where that is possible (train comes first)."""
+    counts = [int(total * share) for share in shares]
+    for _ in range(total - sum(counts)):
+        counts[int(np.argmax([total * s - c for s, c in zip(shares, counts, strict=True)]))] += 1
+    for i in range(len(counts)):
+        if counts[i] == 0 and max(counts) > 1:
+            counts[int(np.argmax(counts))] -= 1
+            counts[i] = 1
+    return counts
+
+
+def _by_position(regions: Regions, plan: SplitPlan) -> tuple[Regions, np.ndarray]:
+    """Cut every region at the same fractions; where two splits come closer than the guard, train gives way, then val,
+    so that the test windows of a given record are the same for any guard."""
+    assert plan.positions is not None
+    spans: list[tuple[float, float, str]] = []
+    for name, span in plan.positions.items():
+        split = split_name(name, "split_positions")
+        if len(span) != 2 or not 0 <= span[0] < span[1] <= 1:
+            raise UserError(f"split_positions.{name} is {span}: give [from, to] with 0 <= from < to <= 1")
+        spans.append((float(span[0]), float(span[1]), split))
+    spans.sort()
+    for before, after in itertools.pairwise(spans):
+        if after[0] < before[1]:
+            raise UserError(f"split_positions: {before[2]} and {after[2]} overlap at {after[0]}")
+    length = regions.end_bp - regions.start_bp
+    starts = [regions.start_bp + (length * span[0]).astype(np.int64) for span in spans]
+    ends = [regions.start_bp + (length * span[1]).astype(np.int64) for span in spans]
+    for i in range(len(spans) - 1):
+        missing = np.maximum(plan.guard_bp - (starts[i + 1] - ends[i]), 0)
+        if SPLITS.index(spans[i][2]) <= SPLITS.index(spans[i + 1][2]):
+            ends[i] = ends[i] - missing
+        else:
+            starts[i + 1] = starts[i + 1] + missing
+    keep = [np.flatnonzero(ends[i] > starts[i]) for i in range(len(spans))]
+    which = np.concatenate(keep)
+    cut = regions[which]
+    cut.start_bp = np.concatenate([starts[i][keep[i]] for i in range(len(spans))])
+    cut.end_bp = np.concatenate([ends[i][keep[i]] for i in range(len(spans))])
+    split = np.concatenate([np.full(len(keep[i]), spans[i][2], object) for i in range(len(spans))])
+    return cut, split
