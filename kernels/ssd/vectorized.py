@@ -1,0 +1,439 @@
+"""SSD scan as matrix products over chunks, in plain PyTorch, with an explicit backward (backend ``"torch"``).
+
+The sequence is walked slab by slab, so that the temporaries stay in cache and memory does not grow with the length. A
+slab holds several chunks; its products are batched over them, and only the small matrix states are passed serially.
+README.md derives the formulas. Inside a slab the names are those of the derivation and the layouts are
+
+    head-major (b, c, g, r, q, ...)   natural (b, c, q, g, r, ...)   states (b, c, g, n, r * p)
+
+with c chunks of q tokens, g groups of r heads. Chunk matrices are transposed: row j is the token that is read, column i
+the token that is written.
+"""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from seqssm.kernels.dispatch import state_dtype
+
+# Elements of one slab's decay matrices (tokens * heads * chunk): the largest temporary. On the CPU they should stay in
+# the second-level caches, on a GPU there should be enough of them to fill it.
+_SLAB_ELEMENTS = {"cpu": 2**19, "cuda": 2**26}
+
+
+def forward(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    initial_state: Tensor | None,
+    seq_idx: Tensor | None,
+    reverse: tuple[bool, ...],
+    chunk: int | None,
+    save_states: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y (b, l, h, p), the final state (b, h, p, n), and the states that enter the slabs (empty unless saved)."""
+    b, _, h, p = x.shape
+    n = B.shape[3]
+    final_state = x.new_empty(b, h, p, n, dtype=state_dtype(x.dtype))
+    states = empty_states(x, B, chunk) if save_states else final_state.new_empty(0)
+    y = x.new_empty(x.shape)
+    with _exact_matmul(x.device):
+        step = _step_size(dt, dt_bias, dt_softplus, final_state.dtype)
+        for part in _parts(x, B, chunk, reverse):
+            scan = _Scan(part, x, step, A, B, C, D, z, seq_idx)
+            S = scan.pack_state(initial_state)
+            for k in scan.slabs():
+                if save_states:
+                    states[k, part.rows, part.groups] = S
+                S = scan.forward(k, S, y)
+            scan.unpack_state(S, final_state)
+    return y, final_state, states
+
+
+def backward(
+    dy: Tensor,
+    dfinal_state: Tensor,
+    states: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    initial_state: Tensor | None,
+    seq_idx: Tensor | None,
+    reverse: tuple[bool, ...],
+    chunk: int | None,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, dt, A, B, C, D, z, dt_bias and initial_state, None where the input is."""
+    dtype = states.dtype
+    grads = _Gradients(
+        x=torch.empty_like(x),
+        B=torch.empty_like(B),
+        C=torch.empty_like(C),
+        z=None if z is None else torch.empty_like(z),
+        step=dt.new_empty(dt.shape, dtype=dtype),
+        # Sums over all tokens: a slab is summed in the working precision, the slabs in float64.
+        A=A.new_zeros(A.shape, dtype=torch.float64),
+        D=None if D is None else D.new_zeros(D.shape, dtype=torch.float64),
+    )
+    dinitial_state = None if initial_state is None else dfinal_state.new_empty(dfinal_state.shape)
+    with _exact_matmul(x.device):
+        step = _step_size(dt, dt_bias, dt_softplus, dtype)
+        for part in _parts(x, B, chunk, reverse):
+            scan = _Scan(part, x, step, A, B, C, D, z, seq_idx)
+            dS = scan.pack_state(dfinal_state)
+            for k in reversed(scan.slabs()):
+                dS = scan.backward(k, states[k, part.rows, part.groups], dS, dy, grads)
+            if dinitial_state is not None:
+                scan.unpack_state(dS, dinitial_state)
+        ddt = grads.step
+        if dt_softplus:
+            ddt *= -torch.expm1(-step)  # softplus'(v) = sigmoid(v) = 1 - exp(-softplus(v))
+    ddt_bias = None if dt_bias is None else ddt.sum((0, 1), dtype=torch.float64)
+    return grads.x, ddt, grads.A, grads.B, grads.C, grads.D, grads.z, ddt_bias, dinitial_state
+
+
+def empty_states(x: Tensor, B: Tensor, chunk: int | None) -> Tensor:
+    """Room for the states that enter the slabs, in the layout of this backend: (slabs, b, g, n, h/g * p)."""
+    b, l, h, p = x.shape
+    g, n = B.shape[2:]
+    slab = _grid(x, B, chunk)[1]
+    return x.new_empty((l + slab - 1) // slab, b, g, n, h // g * p, dtype=state_dtype(x.dtype))
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Sequences and groups that are scanned together, in one direction, and the grid of chunks and slabs in tokens."""
+
+    rows: slice
+    groups: slice
+    heads: slice
+    backwards: bool
+    chunk: int
+    slab: int
+
+
+@dataclass
+class _Gradients:
+    """Where the slabs write. ``step`` is the step size after bias and softplus; A and D are sums over all tokens."""
+
+    x: Tensor
+    B: Tensor
+    C: Tensor
+    z: Tensor | None
+    step: Tensor
+    A: Tensor
+    D: Tensor | None
+
+
+@dataclass
+class _Slab:
+    """What both passes need of one slab."""
+
+    tokens: slice
+    x: Tensor  # (b, c, q, h, p)
+    z: Tensor | None  # (b, c, q, h, p)
+    step: Tensor  # (b, c, q, h)
+    B: Tensor  # (b, c, g, q, n)
+    C: Tensor  # (b, c, g, q, n)
+    decay: Tensor  # (b, c, g, r, j, i): from token j to token i of a chunk, zero where i does not see j
+    from_start: Tensor  # (b, c, q, h, 1): decay from the border where the scan enters the chunk to the token
+    to_end: Tensor  # (b, c, q, h, 1): decay from the token to the border where the scan leaves
+    through: Tensor  # (b, c, h): decay from border to border
+    products: Tensor  # (b, c, g, 1, j, i): B_j . C_i
+
+
+class _Scan:
+    """One part's inputs, and the two passes over a slab of it."""
+
+    def __init__(
+        self,
+        part: _Part,
+        x: Tensor,
+        step: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None,
+        z: Tensor | None,
+        seq_idx: Tensor | None,
+    ) -> None:
+        rows, groups, heads = part.rows, part.groups, part.heads
+        self.part, self.dtype = part, step.dtype
+        self.x, self.step = x[rows, :, heads], step[rows, :, heads]
+        self.B, self.C = B[rows, :, groups], C[rows, :, groups]
+        self.z = None if z is None else z[rows, :, heads]
+        self.b, self.l, self.h, self.p = self.x.shape
+        self.g, self.n = self.B.shape[2:]
+        self.r = self.h // self.g
+        self.A = A[heads].to(self.dtype)
+        self.D = None if D is None else D[heads].to(self.dtype).view(self.h, -1)
+        self.resets = None if seq_idx is None else _resets(seq_idx[rows], part.backwards)
+        ones = torch.ones(part.chunk, part.chunk, dtype=self.dtype, device=x.device)
+        # (j, i): token i sees token j, itself included.
+        self.sees = ones.tril() if part.backwards else ones.triu()
+        self.before = self.sees - torch.eye(part.chunk, dtype=self.dtype, device=x.device)
+        self.mask = torch.zeros_like(ones).masked_fill_(self.sees == 0, -torch.inf)
+
+    def slabs(self) -> range:
+        """Slab numbers in scan order."""
+        count = -(-self.l // self.part.slab)
+        return range(count - 1, -1, -1) if self.part.backwards else range(count)
+
+    def pack_state(self, state: Tensor | None) -> Tensor:
+        """This part of the public states (b, h, p, n), as (b, g, n, r * p)."""
+        if state is None:
+            return self.x.new_zeros(self.b, self.g, self.n, self.r * self.p, dtype=self.dtype)
+        state = state[self.part.rows, self.part.heads].to(self.dtype)
+        return state.reshape(self.b, self.g, self.r * self.p, self.n).transpose(2, 3).contiguous()
+
+    def unpack_state(self, S: Tensor, out: Tensor) -> None:
+        """Write S (b, g, n, r * p) into this part of ``out`` (b, h, p, n)."""
+        out[self.part.rows, self.part.heads] = S.transpose(2, 3).reshape(self.b, self.h, self.p, self.n)
+
+    def forward(self, k: int, S: Tensor, y: Tensor) -> Tensor:
+        """Write slab k of y. S (b, g, n, r * p) enters; the state that leaves is returned."""
+        s = self._slab(k)
+        drive = s.x * s.step.unsqueeze(-1)
+        matrix = s.decay.mul_(s.products)
+        y_own = matrix.mT @ self._by_head(drive)
+        S = self._pass(s.B.mT @ self._grouped(drive.mul_(s.to_end)), s.through, S, self.part.backwards)
+        out = self._output(s, y_own, s.C @ self._entering(S))
+        if s.z is not None:
+            out *= F.silu(s.z)
+        self._store(y, s, out, self.part.heads)
+        return S[:, 0 if self.part.backwards else -1]
+
+    def backward(self, k: int, S: Tensor, dS: Tensor, dy: Tensor, grads: _Gradients) -> Tensor:
+        """Write slab k of the gradients. S enters the slab and dS is the adjoint of the state that leaves it, both
+        (b, g, n, r * p); the adjoint of S is returned."""
+        s = self._slab(k)
+        part = self.part
+        dout = self._chunks(dy[part.rows, s.tokens, part.heads])  # (b, c, q, h, p)
+        drive = s.x * s.step.unsqueeze(-1)
+        drive_heads = self._by_head(drive)  # (b, c, g, r, q, p)
+        drive_end = self._grouped(drive * s.to_end)  # (b, c, g, q, r * p)
+        S = self._entering(self._pass(s.B.mT @ drive_end, s.through, S, part.backwards))
+        carried = s.C @ S  # (b, c, g, q, r * p): what the entering state gives to y, before its decay
+        if s.z is not None and grads.z is not None:
+            gate = torch.sigmoid(s.z)
+            out = self._output(s, (s.decay * s.products).mT @ drive_heads, carried)
+            self._store(grads.z, s, out.mul_(dout).mul_(gate * (1 + s.z * (1 - gate))), part.heads)
+            dout = dout * gate.mul_(s.z)
+        dout_heads = self._by_head(dout)
+        dout_start = self._grouped(dout * s.from_start)
+        borders = self._pass(s.C.mT @ dout_start, s.through, dS, not part.backwards)
+        dS = self._leaving(borders)
+
+        # Through the chunk's own matrix: first times the decays, as B and C need it, then the whole product.
+        dmatrix = (drive_heads @ dout_heads.mT).mul_(s.decay)  # (b, c, g, r, j, i)
+        dproducts = dmatrix.sum(3)  # (b, c, g, j, i)
+        self._store(grads.B, s, (dproducts @ s.C).add_(drive_end @ dS.mT).transpose(2, 3), part.groups)
+        self._store(grads.C, s, (dproducts.mT @ s.B).add_(dout_start @ S.mT).transpose(2, 3), part.groups)
+        dmatrix.mul_(s.products)
+        ddrive = self._natural(s.decay.mul_(s.products) @ dout_heads)  # (b, c, q, h, p)
+        ddrive_end = self._ungrouped(s.B @ dS) * s.to_end
+        ddrive = ddrive + ddrive_end
+
+        # The log decay of token k takes all that flows from before k to k or beyond. Sums of such flows rather than
+        # differences of larger ones: nothing cancels.
+        flow = (dmatrix @ self.sees.mT).mul_(self.before).sum(-2)  # (b, c, g, r, q)
+        flow_in = self._small((self._ungrouped(carried) * s.from_start).mul_(dout).sum(-1))
+        flow_out = self._small(ddrive_end.mul_(drive).sum(-1))
+        flow_through = (S * dS).unflatten(-1, (self.r, self.p)).sum((3, 5)) * s.through
+        flow += flow_in @ self.sees.mT + flow_out @ self.before + flow_through.unsqueeze(-1)
+        dlog = flow.flatten(2, 3).transpose(2, 3)  # (b, c, q, h)
+        grads.A[part.heads] += (dlog * s.step).sum((0, 1, 2))
+        self._store(grads.step, s, (s.x * ddrive).sum(-1).addcmul_(dlog, self.A), part.heads)
+        dx = ddrive.mul_(s.step.unsqueeze(-1))
+        if self.D is not None and grads.D is not None:
+            dx.addcmul_(dout, self.D)
+            dD = (dout * s.x).sum((0, 1, 2))  # (h, p)
+            grads.D[part.heads] += dD if grads.D.dim() == 2 else dD.sum(-1)
+        self._store(grads.x, s, dx, part.heads)
+        return borders[:, -1 if part.backwards else 0]
+
+    def _slab(self, k: int) -> _Slab:
+        part = self.part
+        tokens = slice(k * part.slab, min((k + 1) * part.slab, self.l))
+        step = self._chunks(self.step[:, tokens])
+        # Cumulated in float64: the rounding of these sums, not of their differences, is what would reach the decays.
+        log = (step * self.A).transpose(2, 3).double() @ self.sees.double()  # (b, c, h, q)
+        total = log[..., 0 if part.backwards else -1]  # (b, c, h)
+        to_end, log = (total.unsqueeze(-1) - log).to(self.dtype).exp_(), log.to(self.dtype)
+        from_start, through = log.exp(), total.to(self.dtype).exp()
+        decay = log.unsqueeze(-2) - log.unsqueeze(-1)  # (b, c, h, j, i)
+        if self.resets is None:
+            decay += self.mask
+        else:
+            resets = self._chunks(self.resets[:, tokens]) @ self.sees  # (b, c, q): how many up to here
+            last = resets[..., 0 if part.backwards else -1]  # (b, c)
+            crosses = resets.unsqueeze(-1) != resets.unsqueeze(-2)  # (b, c, j, i)
+            decay += self.mask.masked_fill(crosses, -torch.inf).unsqueeze(2)
+            from_start *= (resets == 0).unsqueeze(2)
+            to_end *= (resets == last.unsqueeze(-1)).unsqueeze(2)
+            through *= (last == 0).unsqueeze(-1)
+        B, C = (self._chunks(v[:, tokens]).transpose(2, 3) for v in (self.B, self.C))
+        return _Slab(
+            tokens=tokens,
+            x=self._chunks(self.x[:, tokens]),
+            z=None if self.z is None else self._chunks(self.z[:, tokens]),
+            step=step,
+            B=B,
+            C=C,
+            decay=decay.exp_().unflatten(2, (self.g, self.r)),
+            from_start=from_start.transpose(2, 3).unsqueeze(-1),
+            to_end=to_end.transpose(2, 3).unsqueeze(-1),
+            through=through.unflatten(2, (self.g, self.r)),
+            products=(B @ C.mT).unsqueeze(3),
+        )
+
+    def _output(self, s: _Slab, own: Tensor, carried: Tensor) -> Tensor:
+        """Scan output with its skip (b, c, q, h, p), from the chunk's own part and the entering state's."""
+        out = torch.addcmul(self._natural(own), self._ungrouped(carried), s.from_start)
+        return out if self.D is None else out.addcmul_(s.x, self.D)
+
+    def _pass(self, contributions: Tensor, through: Tensor, edge: Tensor, descending: bool) -> Tensor:
+        """States at the c + 1 borders of the chunks (b, c+1, g, n, r * p), from each chunk's contribution to the next
+        border and the state at the first one; in descending order when ``descending``."""
+        c = contributions.shape[1]
+        heads = (self.r, self.p)
+        borders = contributions.new_empty(self.b, c + 1, self.g, self.n, *heads)
+        borders[:, c if descending else 0] = edge.unflatten(-1, heads)
+        contributions = contributions.unflatten(-1, heads)
+        through = through[:, :, :, None, :, None]  # (b, c, g, 1, r, 1)
+        for i in range(c - 1, -1, -1) if descending else range(c):
+            source, target = (i + 1, i) if descending else (i, i + 1)
+            torch.addcmul(contributions[:, i], borders[:, source], through[:, i], out=borders[:, target])
+        return borders.flatten(-2)
+
+    def _entering(self, borders: Tensor) -> Tensor:
+        """What each chunk receives in scan direction."""
+        return borders[:, 1:] if self.part.backwards else borders[:, :-1]
+
+    def _leaving(self, borders: Tensor) -> Tensor:
+        return borders[:, :-1] if self.part.backwards else borders[:, 1:]
+
+    def _chunks(self, v: Tensor) -> Tensor:
+        """(b, t, ...) as (b, c, q, ...) in the working precision, the last chunk filled with zeros."""
+        q = self.part.chunk
+        v = v.to(self.dtype)
+        missing = -v.shape[1] % q
+        if missing:
+            v = F.pad(v, [0, 0] * (v.dim() - 2) + [0, missing])
+        return v.unflatten(1, (-1, q))
+
+    def _store(self, out: Tensor, s: _Slab, v: Tensor, columns: slice) -> None:
+        """Write v (b, c, q, ...) into this slab's place in ``out`` (b, l, heads or groups, ...)."""
+        out[self.part.rows, s.tokens, columns] = v.flatten(1, 2)[:, : s.tokens.stop - s.tokens.start]
+
+    def _small(self, v: Tensor) -> Tensor:
+        """(b, c, q, h) as (b, c, g, r, q)."""
+        return v.transpose(2, 3).unflatten(2, (self.g, self.r))
+
+    def _by_head(self, v: Tensor) -> Tensor:
+        """(b, c, q, h, p) as (b, c, g, r, q, p)."""
+        return v.transpose(2, 3).unflatten(2, (self.g, self.r))
+
+    def _natural(self, v: Tensor) -> Tensor:
+        """(b, c, g, r, q, p) as (b, c, q, h, p)."""
+        return v.flatten(2, 3).transpose(2, 3)
+
+    def _grouped(self, v: Tensor) -> Tensor:
+        """(b, c, q, h, p) as (b, c, g, q, r * p)."""
+        return v.flatten(3).unflatten(3, (self.g, -1)).transpose(2, 3)
+
+    def _ungrouped(self, v: Tensor) -> Tensor:
+        """(b, c, g, q, r * p) as (b, c, q, h, p)."""
+        return v.transpose(2, 3).unflatten(-1, (self.r, self.p)).flatten(3, 4)
+
+
+def _grid(x: Tensor, B: Tensor, chunk: int | None) -> tuple[int, int]:
+    """Tokens of a chunk and of a slab, a whole number of chunks."""
+    _, l, h, p = x.shape
+    chunk = min(chunk or _default_chunk(p, B.shape[3]), l)
+    budget = _SLAB_ELEMENTS.get(x.device.type, _SLAB_ELEMENTS["cuda"])
+    return chunk, chunk * max(1, budget // (h * chunk * chunk))
+
+
+def _default_chunk(p: int, n: int) -> int:
+    return 64
+
+
+def _parts(x: Tensor, B: Tensor, chunk: int | None, reverse: tuple[bool, ...]) -> Iterator[_Part]:
+    """Runs of groups of one direction, and within them as many sequences at once as fill a slab."""
+    b, l, h, _ = x.shape
+    g = B.shape[2]
+    q, slab = _grid(x, B, chunk)
+    rows = max(1, slab // l)
+    first = 0
+    for last in range(1, g + 1):
+        if last < g and reverse[last] == reverse[first]:
+            continue
+        groups, heads = slice(first, last), slice(first * (h // g), last * (h // g))
+        for row in range(0, b, rows):
+            yield _Part(slice(row, min(row + rows, b)), groups, heads, reverse[first], q, slab)
+        first = last
+
+
+def _step_size(dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool, dtype: torch.dtype) -> Tensor:
+    """Step sizes (b, l, h) in the working precision."""
+    step = dt.to(dtype)
+    if dt_bias is not None:
+        step = step + dt_bias.to(dtype)
+    return F.softplus(step) if dt_softplus else step
+
+
+def _resets(seq_idx: Tensor, backwards: bool) -> Tensor:
+    """(b, l) bool: the state is dropped before this token. Never before the first in scan direction."""
+    changes = seq_idx[:, 1:] != seq_idx[:, :-1]
+    return F.pad(changes, [0, 1] if backwards else [1, 0])
+
+
+_precision_lock = threading.Lock()
+_precision_users = 0
+_precision_saved: dict[Any, str] = {}
+
+
+@contextmanager
+def _exact_matmul(device: torch.device) -> Iterator[None]:
+    """Matrix products in the dtype of their operands, whatever the caller allows elsewhere.
+
+    Autocast would take them to 16 bits, and ``torch.set_float32_matmul_precision`` to TF32 on a GPU or to bfloat16 on
+    some CPUs. That setting belongs to the process, and backward runs in another thread than forward: the first one in
+    sets it, the last one out puts it back.
+    """
+    global _precision_users
+    with _precision_lock:
+        if _precision_users == 0:
+            for backend in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):
+                if backend.fp32_precision not in ("none", "ieee"):
+                    _precision_saved[backend] = backend.fp32_precision
+                    backend.fp32_precision = "ieee"
+        _precision_users += 1
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        with _precision_lock:
+            _precision_users -= 1
+            if _precision_users == 0:
+                while _precision_saved:
+                    backend, precision = _precision_saved.popitem()
+                    backend.fp32_precision = precision
