@@ -59,6 +59,10 @@ class Mixer(nn.Module):
         """
         raise NotImplementedError
 
+    def output(self, x: Tensor, *, seq_idx: Tensor | None = None, reverse: bool = False) -> Tensor:
+        """:meth:`forward` from the start, for those who drop the state: a mixer that can skip it does."""
+        return self(x, seq_idx=seq_idx, reverse=reverse)[0]
+
     def step(self, x: Tensor, state: State) -> Tensor:
         """Mix one token, x (b, d) -> y (b, d), updating ``state`` in place. For inference: no gradients."""
         raise NotImplementedError
@@ -99,9 +103,9 @@ class Mixer(nn.Module):
         outputs = []
         for strand, part in enumerate(x.chunk(strands, dim=-1)):
             against = reverse != (strand == 1)
-            y = self(part, seq_idx=seq_idx, reverse=against)[0]
+            y = self.output(part, seq_idx=seq_idx, reverse=against)
             if backward is not None:
-                y = y + backward(part, seq_idx=seq_idx, reverse=not against)[0]
+                y = y + backward.output(part, seq_idx=seq_idx, reverse=not against)
             outputs.append(y)
         return outputs[0] if strands == 1 else torch.cat(outputs, dim=-1)
 

@@ -1,0 +1,180 @@
+"""S4D: the diagonal time-invariant state space of Gu, Gupta, Goel and Ré (2022)."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from seqssm.errors import UserError
+from seqssm.mixers.base import Mixer, State, float32_parameter
+from seqssm.mixers.segments import SegmentGroup, by_segment, last_segment
+
+
+class S4D(Mixer):
+    """Gated S4D: ``out(ssm(u) · silu(z))`` with u, z projections of x.
+
+    Each channel is its own linear time-invariant system with n/2 pairs of conjugate modes, S4D-Lin at the start
+    (A = -1/2 + iπk, zero-order hold). A chunk is one FFT convolution with the system's impulse response; a single
+    token is one step of the recurrence; both carry the same state, with gradients.
+
+    State: ``scan`` (b, e, n/2, 2) float32, real and imaginary parts.
+
+    Args:
+        d_model: model width d.
+        d_state: state size n, even: modes count with their conjugates.
+        expand: inner width e = expand·d.
+        dt_min, dt_max: range of the initial step sizes, drawn log-uniformly.
+        bias: give the input and output projections a bias.
+    """
+
+    state_keys: ClassVar = ("scan",)
+    float32_parameters: ClassVar = ("log_dt", "A_log", "A_imag", "C", "D")
+    no_weight_decay: ClassVar = ("log_dt", "A_log", "A_imag", "D")
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 64,
+        expand: float = 2,
+        dt_min: float = 1e-3,
+        dt_max: float = 0.1,
+        bias: bool = False,
+    ) -> None:
+        super().__init__(d_model)
+        if d_state < 2 or d_state % 2:
+            raise UserError(f"S4D: d_state must be even, got {d_state}: its modes come in conjugate pairs")
+        self.d_inner, self.modes = int(expand * d_model), d_state // 2
+        self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=bias)
+        self.log_dt = float32_parameter(torch.empty(self.d_inner).uniform_(math.log(dt_min), math.log(dt_max)))
+        self.A_log = float32_parameter(torch.full((self.d_inner, self.modes), math.log(0.5)))  # log(-Re A)
+        self.A_imag = float32_parameter(math.pi * torch.arange(self.modes).repeat(self.d_inner, 1))
+        self.C = float32_parameter(torch.randn(self.d_inner, self.modes, 2) * math.sqrt(0.5))
+        self.D = float32_parameter(torch.ones(self.d_inner))
+        self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias)
+
+    def init_state(
+        self, batch: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> State:
+        device = device or self.D.device
+        return {"scan": torch.zeros(batch, self.d_inner, self.modes, 2, device=device, dtype=self.D.dtype)}
+
+    def forward(
+        self, x: Tensor, state: State | None = None, *, seq_idx: Tensor | None = None, reverse: bool = False
+    ) -> tuple[Tensor, State]:
+        if state is not None and x.shape[1] == 1 and not torch.is_grad_enabled():
+            state = {"scan": state["scan"].clone()}
+            return self.step(x[:, 0], state).unsqueeze(1), state
+        initial = None if state is None else torch.view_as_complex(state["scan"])
+        y, u = self._mix(x, initial, seq_idx, reverse)
+        with torch.autocast(x.device.type, enabled=False):
+            final = self._final_state(u, initial, seq_idx, reverse)
+        return y, {"scan": torch.view_as_real(final)}
+
+    def output(self, x: Tensor, *, seq_idx: Tensor | None = None, reverse: bool = False) -> Tensor:
+        return self._mix(x, None, seq_idx, reverse)[0]
+
+    def step(self, x: Tensor, state: State) -> Tensor:
+        u, z = self.in_proj(x).chunk(2, dim=-1)  # (b, e) each
+        log_decay, drive, C = self._system()
+        dtype = self.D.dtype
+        h = torch.view_as_complex(state["scan"])  # (b, e, n/2), written through
+        h.mul_(torch.exp(log_decay).to(h.dtype)).add_(u.to(dtype)[..., None] * drive.to(h.dtype))
+        y = 2 * (C.to(h.dtype) * h).sum(-1).real + self.D * u.to(dtype)
+        return self.out_proj(y.to(u.dtype) * F.silu(z))
+
+    def _mix(self, x: Tensor, initial: Tensor | None, seq_idx: Tensor | None, reverse: bool) -> tuple[Tensor, Tensor]:
+        """The output (b, l, d), and the system's input u (b, l, e) at full precision."""
+        projected, z = self.in_proj(x).chunk(2, dim=-1)
+        u = projected.to(self.D.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            if seq_idx is None:
+                y = self._convolve(u, initial, reverse)
+            elif reverse:
+                y = self._by_segment(u.flip(1), initial, seq_idx.flip(1)).flip(1)
+            else:
+                y = self._by_segment(u, initial, seq_idx)
+            y = torch.addcmul(y, u, self.D)
+        return self.out_proj(y.to(projected.dtype) * F.silu(z)), u
+
+    def _by_segment(self, u: Tensor, initial: Tensor | None, seq_idx: Tensor) -> Tensor:
+        def run(group: SegmentGroup) -> Tensor:
+            state = None if initial is None else initial[group.rows] * group.first[:, None, None]
+            return self._convolve(group.take(u), state, False)
+
+        return by_segment(run, seq_idx)
+
+    def _system(self) -> tuple[Tensor, Tensor, Tensor]:
+        """log of the decay a token, drive of an input of one (zero-order hold), and C: (e, n/2) complex128."""
+        dt = self.log_dt.double().exp()[:, None]
+        A = torch.complex(-self.A_log.double().exp(), self.A_imag.double())
+        # In float64: a slow mode's decay is one minus little, and its phase grows with the length.
+        return dt * A, torch.expm1(dt * A) / A, torch.view_as_complex(self.C.double())
+
+    def _convolve(self, u: Tensor, initial: Tensor | None, reverse: bool) -> Tensor:
+        """The system's response to u (b, l, e), and to the state that enters, without D."""
+        length, dtype = u.shape[1], u.dtype
+        log_decay, drive, C = self._system()
+        kernel = _decaying(C * drive, log_decay, length, dtype)  # (e, l)
+        size = _fft_size(2 * length - 1)
+        spectrum = torch.fft.rfft(kernel, n=size)
+        if reverse:
+            spectrum = spectrum.conj()  # correlates: sums over the tokens that follow
+        y = torch.fft.irfft(torch.fft.rfft(u.transpose(1, 2), n=size) * spectrum, n=size)[..., :length]
+        if initial is not None:
+            entering = _decaying(initial * (C * torch.exp(log_decay)), log_decay, length, dtype)  # (b, e, l)
+            y = y + (entering.flip(-1) if reverse else entering)
+        return y.transpose(1, 2)
+
+    def _final_state(self, u: Tensor, initial: Tensor | None, seq_idx: Tensor | None, reverse: bool) -> Tensor:
+        """(b, e, n/2) complex: the state after the last token of u (b, l, e) in reading order."""
+        if reverse:
+            u, seq_idx = u.flip(1), None if seq_idx is None else seq_idx.flip(1)
+        batch, length, _ = u.shape
+        log_decay, drive, _ = self._system()
+        carried = torch.ones(batch, dtype=torch.bool, device=u.device)
+        if seq_idx is not None:
+            last, carried = last_segment(seq_idx)
+            before = torch.arange(length, device=u.device) < length - last[:, None]
+            u = u.masked_fill(before[..., None], 0)
+        block = _block(length)
+        blocks = -(-length // block)
+        # Zeros in front change nothing: the sum starts there.
+        u = F.pad(u.transpose(1, 2), (blocks * block - length, 0)).unflatten(-1, (blocks, block))  # (b, e, q, t)
+        back = torch.arange(block - 1, -1, -1, device=u.device)
+        within = torch.view_as_real(torch.exp(log_decay[..., None] * back)).to(u.dtype)  # (e, n/2, t, 2)
+        ends = torch.einsum("beqt,entr->beqnr", u, within)  # what each block adds by its end
+        back = block * torch.arange(blocks - 1, -1, -1, device=u.device)
+        across = torch.exp(log_decay[:, None] * back[:, None]).to(ends.dtype.to_complex())  # (e, q, n/2)
+        final = (torch.view_as_complex(ends) * across).sum(2) * drive.to(across.dtype)
+        if initial is not None:
+            final = final + initial * torch.exp(log_decay * length).to(across.dtype) * carried[:, None, None]
+        return final
+
+
+def _decaying(weight: Tensor, log_decay: Tensor, length: int, dtype: torch.dtype) -> Tensor:
+    """2 Re sum over n of weight (..., e, n) · exp(t · log_decay (e, n)), for t = 0 ... length-1: (..., e, length).
+
+    t = q·block + r splits the powers in two short tables and their sum in a matrix product: nothing of size n·length.
+    """
+    block = _block(length)
+    blocks = -(-length // block)
+    fine = torch.exp(log_decay[..., None] * torch.arange(block, device=weight.device))  # (e, n, t)
+    coarse = torch.exp(log_decay[..., None] * (block * torch.arange(blocks, device=weight.device)))  # (e, n, q)
+    left = weight[..., None] * coarse
+    left = torch.cat([left.real, -left.imag], dim=-2).to(dtype).transpose(-1, -2)  # (..., e, q, 2n)
+    right = torch.cat([fine.real, fine.imag], dim=-2).to(dtype)  # (e, 2n, t)
+    return 2 * (left @ right).flatten(-2)[..., :length]
+
+
+def _block(length: int) -> int:
+    return 2 ** math.ceil(math.log2(length) / 2)
+
+
+def _fft_size(minimum: int) -> int:
+    """The smallest 2^k or 3·2^k that is at least ``minimum``: sizes for which FFTs are fast."""
+    power = 2 ** math.ceil(math.log2(minimum))
+    return power // 4 * 3 if power // 4 * 3 >= minimum else power
