@@ -1,9 +1,9 @@
-"""Shared by every kernel's ``op.py``: argument checks and the choice of a backend."""
+"""Shared by every kernel's ``op.py``: argument checks, the choice of a backend, registration with ``torch.library``."""
 
 import importlib
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
 import torch
@@ -13,6 +13,28 @@ BACKENDS = ("reference", "torch", "numba", "triton")
 _MODULES = {"torch": "vectorized", "numba": "cpu", "triton": "triton"}
 # Looked up once, at import: torch.compile then sees constants.
 _INSTALLED = {name: importlib.util.find_spec(name) is not None for name in ("numba", "triton")}
+_LIBRARY = torch.library.Library("seqssm", "FRAGMENT")
+
+
+def define_operator(
+    name: str, kernel: Callable, fake: Callable, mutates_args: Sequence[str] = ()
+) -> torch._ops.OpOverload:
+    """Register ``torch.ops.seqssm.<name>`` with its schema read off ``kernel``'s annotations.
+
+    What ``torch.library.custom_op`` does, without its import of the compiler at the first call (seconds) and without
+    its cost a call (tens of microseconds). Results must not alias inputs. Give a gradient with
+    ``torch.library.register_autograd``.
+    """
+    schema = torch.library.infer_schema(kernel, mutates_args=mutates_args)
+    _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"seqssm::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.seqssm, name).default
+
+
+def refuse_second_derivative(*_: object) -> None:
+    """The gradient to register for a backward operator: there is none."""
+    raise NotImplementedError("the kernels have no second derivative: use backend='reference' for one")
 
 
 def check(condition: bool, message: str) -> None:

@@ -115,8 +115,7 @@ def _check_arguments(
     return direction
 
 
-@torch.library.custom_op("seqssm::causal_conv1d", mutates_args=())
-def _forward(
+def _forward_kernel(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -130,8 +129,7 @@ def _forward(
     return module.forward(x, weight, bias, activation, initial_state, seq_idx, tuple(reverse))
 
 
-@_forward.register_fake
-def _(
+def _forward_fake(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -145,8 +143,7 @@ def _(
     return x.new_empty(b, l, d), x.new_empty(b, d, weight.shape[1] - 1)
 
 
-@torch.library.custom_op("seqssm::causal_conv1d_backward", mutates_args=())
-def _backward(
+def _backward_kernel(
     dy: Tensor,
     dfinal_state: Tensor,
     x: Tensor,
@@ -168,8 +165,7 @@ def _backward(
     )
 
 
-@_backward.register_fake
-def _(
+def _backward_fake(
     dy: Tensor,
     dfinal_state: Tensor,
     x: Tensor,
@@ -204,15 +200,19 @@ def _autograd(ctx, dy, dfinal_state):  # type: ignore[no-untyped-def]
     return dx, dweight, dbias, None, dinitial_state, None, None, None
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+_forward = dispatch.define_operator("causal_conv1d", _forward_kernel, _forward_fake)
+_backward = dispatch.define_operator("causal_conv1d_backward", _backward_kernel, _backward_fake)
+torch.library.register_autograd("seqssm::causal_conv1d", _autograd, setup_context=_setup_context)
+torch.library.register_autograd("seqssm::causal_conv1d_backward", dispatch.refuse_second_derivative)
 
 
-@torch.library.custom_op("seqssm::causal_conv1d_step", mutates_args=("state",))
-def _triton_step(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, activation: bool) -> Tensor:
+def _step_kernel(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, activation: bool) -> Tensor:
     module = dispatch.load_backend("causal_conv1d", "triton")
     return module.step(state, x, weight, bias, activation)
 
 
-@_triton_step.register_fake
-def _(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, activation: bool) -> Tensor:
+def _step_fake(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, activation: bool) -> Tensor:
     return x.new_empty(x.shape)
+
+
+_triton_step = dispatch.define_operator("causal_conv1d_step", _step_kernel, _step_fake, mutates_args=("state",))

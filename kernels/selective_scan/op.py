@@ -152,8 +152,7 @@ def _check_arguments(
     return dispatch.directions(reverse, g)
 
 
-@torch.library.custom_op("seqssm::selective_scan", mutates_args=())
-def _forward(
+def _forward_kernel(
     u: Tensor,
     delta: Tensor,
     A: Tensor,
@@ -175,8 +174,7 @@ def _forward(
     )
 
 
-@_forward.register_fake
-def _(
+def _forward_fake(
     u: Tensor,
     delta: Tensor,
     A: Tensor,
@@ -199,8 +197,7 @@ def _(
     return u.new_empty(b, l, d), u.new_empty(b, d, n, dtype=dtype), u.new_empty(states_shape, dtype=dtype)
 
 
-@torch.library.custom_op("seqssm::selective_scan_backward", mutates_args=())
-def _backward(
+def _backward_kernel(
     dy: Tensor,
     dfinal_state: Tensor,
     states: Tensor,
@@ -244,8 +241,7 @@ def _backward(
     )
 
 
-@_backward.register_fake
-def _(
+def _backward_fake(
     dy: Tensor,
     dfinal_state: Tensor,
     states: Tensor,
@@ -306,7 +302,10 @@ def _autograd(ctx, dy, dfinal_state, _):  # type: ignore[no-untyped-def]
     return du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, None, dinitial_state, None, None, None, None
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+_forward = dispatch.define_operator("selective_scan", _forward_kernel, _forward_fake)
+_backward = dispatch.define_operator("selective_scan_backward", _backward_kernel, _backward_fake)
+torch.library.register_autograd("seqssm::selective_scan", _autograd, setup_context=_setup_context)
+torch.library.register_autograd("seqssm::selective_scan_backward", dispatch.refuse_second_derivative)
 
 
 def _torch_step(
@@ -339,8 +338,7 @@ def _torch_step(
     return y.to(u.dtype)
 
 
-@torch.library.custom_op("seqssm::selective_scan_step", mutates_args=("state",))
-def _triton_step(
+def _step_kernel(
     state: Tensor,
     u: Tensor,
     delta: Tensor,
@@ -356,8 +354,7 @@ def _triton_step(
     return module.step(state, u, delta, A, B, C, D, z, delta_bias, delta_softplus)
 
 
-@_triton_step.register_fake
-def _(
+def _step_fake(
     state: Tensor,
     u: Tensor,
     delta: Tensor,
@@ -370,3 +367,6 @@ def _(
     delta_softplus: bool,
 ) -> Tensor:
     return u.new_empty(u.shape)
+
+
+_triton_step = dispatch.define_operator("selective_scan_step", _step_kernel, _step_fake, mutates_args=("state",))
