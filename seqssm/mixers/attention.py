@@ -163,7 +163,8 @@ class Attention(Mixer):
     def _cache(self, k: Tensor, v: Tensor, length: Tensor) -> State:
         if self.window is not None:
             short = max(0, self.window - k.shape[1])
-            k, v = (F.pad(x, (0, 0, 0, 0, short, 0))[:, -self.window :] for x in (k, v))
+            # Copies: a view would keep the whole chunk's projection alive.
+            k, v = (F.pad(x[:, -self.window :], (0, 0, 0, 0, short, 0)).clone() for x in (k, v))
             length = length.clamp(max=self.window)
         return {"key": k, "value": v, "length": length}
 
