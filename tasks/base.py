@@ -100,7 +100,9 @@ class Task(pl.LightningModule):
         optimizer = torch.optim.AdamW(parameter_groups(self, c.weight_decay), lr=c.lr, betas=(c.beta1, c.beta2))
         total = self.trainer.estimated_stepping_batches
         if total == float("inf"):
-            raise UserError("trainer.max_epochs or trainer.max_steps must be set: the learning rate follows a cosine to the end")
+            raise UserError(
+                "trainer.max_epochs or trainer.max_steps must be set: the learning rate follows a cosine to the end"
+            )
         schedule = warmup_cosine(optimizer, int(c.warmup_fraction * total), int(total), c.final_fraction)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -162,7 +164,9 @@ def read_checkpoint(checkpoint: str | Path) -> Loaded:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
-        raise UserError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]}); is the file whole?") from error
+        raise UserError(
+            f"{path}: not a readable checkpoint ({str(error).splitlines()[0]}); is the file whole?"
+        ) from error
     if not isinstance(content, dict) or CHECKPOINT_KEY not in content:
         raise UserError(f"{path}: not a checkpoint of a seqssm task; train one with `seqssm fit`")
     data = dict(content.get("datamodule_hyper_parameters", {}))

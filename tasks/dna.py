@@ -19,7 +19,9 @@ from torchmetrics.classification import (
 )
 
 from seqssm.backbone import Backbone, BackboneConfig
-from seqssm.data import COMPLEMENT, VOCABULARY_SIZE, DNABatch, reverse_complement
+from seqssm.data import DNABatch
+from seqssm.data.dna.alphabet import VOCABULARY_SIZE, complement, reverse_complement
+from seqssm.files import atomic_write
 from seqssm.tasks.base import OptimizerConfig, Task
 
 
@@ -71,7 +73,6 @@ class DNAClassification(Task):
         nn.init.normal_(self.embedding.weight, std=0.02)
         self.backbone = Backbone(config)
         self.head = nn.Linear(config.d_model, len(labels))
-        self.register_buffer("complement", torch.as_tensor(COMPLEMENT, dtype=torch.uint8), persistent=False)
         weights = class_weights if isinstance(class_weights, list) else [1.0] * len(labels)
         self.register_buffer("class_weight", torch.tensor(weights), persistent=False)
 
@@ -102,7 +103,7 @@ class DNAClassification(Task):
         length = tokens.shape[1]
         x = self.embedding(tokens.long())  # (b, l, d)
         if self.backbone_config.reverse_complement:
-            x = torch.cat([x, self.embedding(self.complement[tokens.long()].long())], dim=-1)  # (b, l, 2d): two strands
+            x = torch.cat([x, self.embedding(complement(tokens).long())], dim=-1)  # (b, l, 2d): two strands
         real = torch.arange(length, device=tokens.device) < lengths[:, None]  # (b, l)
         padded = not bool(real.all())
         # Padding precedes the real tokens of a backward scan: its own segment keeps it out of their state.
@@ -113,20 +114,19 @@ class DNAClassification(Task):
             return self.head(pooled)
 
     def _pool(self, y: Tensor, lengths: Tensor, real: Tensor | None) -> Tensor:
+        """(b, l, d or 2d) to (b, d), in float32 or wider; ``real`` (b, l) marks what is no padding, None: all."""
+        wide = torch.promote_types(y.dtype, torch.float32)
+        strands, d = self.backbone_config.reverse_complement, self.backbone_config.d_model
         if self.pooling == "last":
-            pooled = y[torch.arange(len(y), device=y.device), lengths - 1].float()
+            pooled = y[torch.arange(len(y), device=y.device), lengths - 1]
+            if strands:  # the second strand is read from its other end, which is token 0
+                pooled = torch.cat([pooled[:, :d], y[:, 0, d:]], dim=-1)
+            pooled = pooled.to(wide)
         else:
             if real is not None:
                 y = y.masked_fill(~real[..., None], 0)
-            pooled = y.sum(1, dtype=torch.float32) / lengths[:, None]
-        if self.backbone_config.reverse_complement:
-            # (b, 2, d): the first strand is last read at its end, the second at its start, which is token 0.
-            if self.pooling == "last":
-                strands = torch.stack([pooled.chunk(2, -1)[0], y[:, 0].float().chunk(2, -1)[1]], 1)
-            else:
-                strands = torch.stack(pooled.chunk(2, -1), 1)
-            pooled = strands.mean(1)
-        return pooled  # (b, d) float32
+            pooled = y.sum(1, dtype=wide) / lengths[:, None]
+        return pooled.unflatten(-1, (2, d)).mean(1) if strands else pooled
 
     def predict_proba(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         """(b, c) float32 probabilities, averaged over both strands if the task says so."""
@@ -138,16 +138,15 @@ class DNAClassification(Task):
 
     def on_fit_start(self) -> None:
         if self.class_weights == "balanced":
-            counts = torch.tensor(self.trainer.datamodule.class_counts("train"), dtype=torch.float32)  # type: ignore[attr-defined]
+            by_label = self.trainer.datamodule.report.counts["train"]  # type: ignore[attr-defined]
+            counts = torch.tensor([float(by_label[label]) for label in self.labels])
             self.class_weight.copy_(counts.sum() / (len(counts) * counts))
             weights = ", ".join(f"{n} {w:.3g}" for n, w in zip(self.labels, self.class_weight.tolist(), strict=True))
             rank_zero_info(f"class weights: {weights}")
 
     def training_step(self, batch: DNABatch, batch_idx: int) -> Tensor:
         logits = self(batch.tokens, batch.lengths)
-        loss = F.cross_entropy(
-            logits, batch.labels, weight=self.class_weight, label_smoothing=self.label_smoothing
-        )
+        loss = F.cross_entropy(logits, batch.labels, weight=self.class_weight, label_smoothing=self.label_smoothing)
         self.log("train_loss", loss, prog_bar=True, batch_size=len(batch.labels))
         return loss
 
@@ -176,10 +175,11 @@ class DNAClassification(Task):
         self._draw_confusion("test")
 
     def _draw_confusion(self, split: str) -> None:
-        from seqssm.tasks.plots import confusion_matrix_png
+        from seqssm.tasks.plots import confusion_png
 
         counts = self.confusion[split].compute()
         self.confusion[split].reset()
         folder = self.trainer.log_dir
         if folder and self.trainer.is_global_zero and not self.trainer.sanity_checking:
-            confusion_matrix_png(counts.cpu().numpy(), self.labels, Path(folder) / f"confusion_{split}.png")
+            with atomic_write(Path(folder) / f"confusion_{split}.png", "wb") as file:
+                file.write(confusion_png(counts.cpu().numpy(), self.labels))

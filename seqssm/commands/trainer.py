@@ -8,9 +8,9 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
-import seqssm.data
-import seqssm.tasks.dna  # noqa: F401 - makes the short class names known to the parser
+from seqssm.data.dna import datamodule  # noqa: F401 - the parser knows short names of imported classes
 from seqssm.errors import UserError
+from seqssm.tasks import dna  # noqa: F401
 from seqssm.tasks.base import Task, read_checkpoint
 
 COMMANDS = ("fit", "validate", "test", "predict")

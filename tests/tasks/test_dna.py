@@ -1,0 +1,178 @@
+"""The DNA task: what may not change an answer, what must, and that training resumes exactly."""
+
+import gzip
+from pathlib import Path
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from seqssm.backbone import BackboneConfig, MixerSpec
+from seqssm.data import DNABatch, DNADataModule
+from seqssm.data.dna.alphabet import reverse_complement
+from seqssm.errors import UserError
+from seqssm.tasks.base import OptimizerConfig, Task, load_task, read_checkpoint
+from seqssm.tasks.dna import DNAClassification
+
+MAMBA = {"m": MixerSpec(class_path="seqssm.mixers.Mamba", init_args={"d_state": 4})}
+
+
+def make_task(**changes) -> DNAClassification:
+    backbone = {"d_model": 16, "n_layers": 2, "mixers": MAMBA, "pattern": "m", **changes.pop("backbone", {})}
+    torch.manual_seed(0)
+    return DNAClassification(labels=["a", "b", "c"], backbone=BackboneConfig(**backbone), **changes).eval()
+
+
+def random_batch(lengths: list[int], seed: int = 0) -> DNABatch:
+    rng = np.random.default_rng(seed)
+    tokens = torch.full((len(lengths), max(lengths)), 5, dtype=torch.uint8)
+    for row, length in zip(tokens, lengths, strict=True):
+        row[:length] = torch.from_numpy(rng.integers(0, 5, length))
+    return DNABatch(tokens, torch.tensor(lengths), torch.zeros(len(lengths), dtype=torch.long))
+
+
+BACKBONES = {
+    "causal": {},
+    "two-way": {"bidirectional": "tied"},
+    "two-way untied": {"bidirectional": "untied"},
+    "strands": {"bidirectional": "tied", "reverse_complement": True},
+    "hybrid": {
+        "mixers": {**MAMBA, "a": MixerSpec(class_path="seqssm.mixers.Attention", init_args={"n_heads": 2})},
+        "pattern": "ma",
+        "bidirectional": "tied",
+    },
+}
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+@pytest.mark.parametrize("backbone", BACKBONES.values(), ids=BACKBONES)
+def test_padding_and_neighbours_change_nothing(backbone: dict, pooling: str) -> None:
+    task = make_task(backbone=backbone, pooling=pooling).double()
+    batch = random_batch([37, 64, 5])
+    together = task.predict_proba(batch.tokens, batch.lengths)
+    for i, length in enumerate(batch.lengths):
+        alone = task.predict_proba(batch.tokens[i : i + 1, :length], batch.lengths[i : i + 1])
+        torch.testing.assert_close(together[i : i + 1], alone, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+def test_strand_equivariant_backbone_gives_both_strands_one_answer(pooling: str) -> None:
+    task = make_task(backbone=BACKBONES["strands"], pooling=pooling)
+    batch = random_batch([37, 64])
+    other = reverse_complement(batch.tokens, batch.lengths)
+    torch.testing.assert_close(task(batch.tokens, batch.lengths), task(other, batch.lengths), atol=1e-6, rtol=0)
+
+
+def test_strand_average_is_the_mean_of_both_strands() -> None:
+    task, batch = make_task(), random_batch([37, 64])
+    other = reverse_complement(batch.tokens, batch.lengths)
+    one, two = (task(tokens, batch.lengths).softmax(-1) for tokens in (batch.tokens, other))
+    assert (one - two).abs().max() > 1e-4  # the strands disagree by themselves
+    torch.testing.assert_close(task.predict_proba(batch.tokens, batch.lengths), (one + two) / 2)
+    torch.testing.assert_close(task.predict_proba(other, batch.lengths), (one + two) / 2)
+
+
+# ---- training on a small table --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with train, dev and test tables: class 1 holds TATAAA somewhere, class 0 does not."""
+    folder = tmp_path_factory.mktemp("table")
+    rng = np.random.default_rng(0)
+    for name, size in (("train", 96), ("dev", 32), ("test", 32)):
+        lines = ["sequence,label"]
+        for i in range(size):
+            bases = rng.choice(list("ACG"), 40)
+            if i % 2:
+                bases[10:16] = list("TATAAA")
+            lines.append(f"{''.join(bases)},{i % 2}")
+        (folder / f"{name}.csv.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
+    return folder
+
+
+def make_data(table: Path, **changes) -> DNADataModule:
+    return DNADataModule(path=str(table), batch_size=16, index_dir=str(table / "index"), **changes)
+
+
+class Losses(pl.Callback):
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+        self.values.append(outputs["loss"].item())
+
+
+def fit(task: Task, data: DNADataModule, folder: Path, epochs: int, ckpt: str | None = None, stop: int = -1) -> Losses:
+    pl.seed_everything(0, verbose=False)
+    losses = Losses()
+    trainer = pl.Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        logger=False,
+        callbacks=[losses, ModelCheckpoint(folder, filename="{epoch}-{step}", save_top_k=-1, every_n_train_steps=3)],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+    trainer.fit(task, datamodule=data, ckpt_path=ckpt)
+    return losses
+
+
+def small_task() -> DNAClassification:
+    torch.manual_seed(0)
+    config = BackboneConfig(d_model=16, n_layers=2, mixers=MAMBA, pattern="m", bidirectional="tied", dropout=0.1)
+    return DNAClassification(
+        labels=["0", "1"], backbone=config, class_weights="balanced", optimizer=OptimizerConfig(lr=1e-2)
+    )
+
+
+def test_learns_a_motif_and_loads_again(table: Path, tmp_path: Path) -> None:
+    task, data = small_task(), make_data(table)
+    losses = fit(task, data, tmp_path, epochs=8)
+    assert np.mean(losses.values[-6:]) < 0.2 < 0.5 < losses.values[0]
+    checkpoint = max(tmp_path.glob("*.ckpt"), key=lambda p: p.stat().st_mtime)
+    again = load_task(checkpoint, DNAClassification)
+    batch = random_batch([40, 40])
+    step = int(checkpoint.stem.split("step=")[1])
+    assert step == 48
+    torch.testing.assert_close(again.predict_proba(batch.tokens, batch.lengths), task.eval().predict_proba(*batch[:2]))
+    assert read_checkpoint(checkpoint).data["class_path"] == "seqssm.data.dna.datamodule.DNADataModule"
+    lightning = DNAClassification.load_from_checkpoint(checkpoint, map_location="cpu").eval()
+    torch.testing.assert_close(lightning(*batch[:2]), again(*batch[:2]))
+
+
+@pytest.mark.parametrize("step", [6, 9], ids=["at the end of an epoch", "inside an epoch"])
+def test_resumed_run_equals_an_uninterrupted_one(table: Path, tmp_path: Path, step: int) -> None:
+    whole = fit(small_task(), make_data(table), tmp_path / "whole", epochs=3)
+    assert len(whole.values) == 18
+    checkpoint = next((tmp_path / "whole").glob(f"*step={step}.ckpt"))
+    resumed = fit(small_task(), make_data(table), tmp_path / "resumed", epochs=3, ckpt=str(checkpoint))
+    assert resumed.values == whole.values[step:]
+
+
+def test_init_from_loads_the_backbone_and_leaves_a_new_head(table: Path, tmp_path: Path) -> None:
+    source = small_task()
+    fit(source, make_data(table), tmp_path, epochs=1)
+    checkpoint = str(next(tmp_path.glob("*step=6.ckpt")))
+    task = DNAClassification(labels=["x", "y", "z"], backbone=source.backbone_config, init_from=checkpoint)
+    trained = read_checkpoint(checkpoint).weights
+    for name, value in task.state_dict().items():
+        if name.startswith(("backbone.", "embedding.")):
+            torch.testing.assert_close(value, trained[name])
+    with pytest.raises(UserError, match="do not fit this model"):
+        DNAClassification(labels=["x", "y"], backbone=BackboneConfig(d_model=32, n_layers=2), init_from=checkpoint)
+
+
+def test_checkpoint_of_nothing_known(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.ckpt"
+    broken.write_bytes(b"PK not a checkpoint")
+    with pytest.raises(UserError, match=r"broken\.ckpt: not a readable checkpoint"):
+        read_checkpoint(broken)
+    torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
+    with pytest.raises(UserError, match="not a checkpoint of a seqssm task"):
+        read_checkpoint(tmp_path / "other.ckpt")
+    with pytest.raises(UserError, match="no such checkpoint"):
+        read_checkpoint(tmp_path / "missing")
