@@ -2,10 +2,13 @@
 
 import io
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
+
+from seqssm.files import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -54,10 +57,15 @@ def confusion_figure(counts: NDArray[np.integer], classes: Sequence[str], title:
     return figure
 
 
-def confusion_png(counts: NDArray[np.integer], classes: Sequence[str], title: str = "") -> bytes:
-    """The figure of ``confusion_figure`` as the bytes of a PNG file."""
+def confusion_matrix_png(
+    counts: NDArray[np.integer], classes: Sequence[str], path: Path | str | None = None, title: str = ""
+) -> bytes:
+    """The figure of ``confusion_figure`` as the bytes of a PNG file, also written to ``path`` if there is one."""
     buffer = io.BytesIO()
     confusion_figure(counts, classes, title).savefig(buffer, format="png")
+    if path is not None:
+        with atomic_write(path, "wb") as file:
+            file.write(buffer.getvalue())
     return buffer.getvalue()
 
 

@@ -2,9 +2,7 @@
 
 import json
 import math
-import os
 import platform
-import tempfile
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,6 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from seqssm.errors import UserError
+from seqssm.files import atomic_write
 from seqssm.tasks.evaluation import CLASS_METRICS, METRICS, Resampler, Scores, score
 
 Report = dict[str, Any]
@@ -235,31 +234,20 @@ def save(report: Report, folder: Path | str) -> list[Path]:
     Raises:
         UserError: the folder cannot be made or written.
     """
-    from seqssm.tasks.plots import confusion_png
+    from seqssm.tasks.plots import confusion_matrix_png
 
     folder = Path(folder)
     confusion = report["confusion"]
     files = {
         "metrics.json": (json.dumps(report, indent=2, allow_nan=False) + "\n").encode(),
         "evaluation.md": to_markdown(report).encode(),
-        "confusion.png": confusion_png(np.asarray(confusion["counts"]), confusion["classes"]),
+        "confusion.png": confusion_matrix_png(np.asarray(confusion["counts"]), confusion["classes"]),
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name, content in files.items():
-            _write(folder / name, content)
     except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror or error}; choose another output folder") from error
-    return [folder / name for name in files]
-
-
-def _write(path: Path, content: bytes) -> None:
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
+        raise UserError(f"cannot make {folder}: {error.strerror or error}; choose another output folder") from error
+    for name, content in files.items():
+        with atomic_write(folder / name, "wb") as file:
             file.write(content)
-        os.chmod(temporary, 0o644)  # a temporary file is private
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    return [folder / name for name in files]
