@@ -16,9 +16,6 @@ from torch import Tensor
 from seqssm.kernels.dispatch import state_dtype
 from seqssm.kernels.selective_scan.op import CHUNK
 
-# Below this many elements a step, the calls cost more than the arithmetic: segments of the block then run side by side.
-_NARROW = {"cpu": 1024, "cuda": 1 << 22}
-_SEGMENT = 16
 # Elements of one working tensor; the batch is taken in slices that stay under it.
 _WORKING_SET = {"cpu": 1 << 22, "cuda": 1 << 26}
 
@@ -47,13 +44,14 @@ def forward(
     states = u.new_empty((b, -(-l // CHUNK), d, n) if save_states else 0, dtype=scan.dtype)
     for rows in scan.batch_slices():
         h = scan.enter(initial_state, rows)
+        work = scan.workspace(rows, 2)
         for start in range(0, l, CHUNK):
             if save_states:
                 states[rows, start // CHUNK] = scan.leave(h)
-            block = _Block(scan, rows, start, min(start + CHUNK, l))
-            history = block.run(h)
+            block = _Block(scan, rows, start, min(start + CHUNK, l), work[0])
+            history = block.run(h, work[1])
             scan.write(y, rows, start, block.gate(block.read_out(history)))
-            h = history[-1]
+            h = history[-1].clone()
         final_state[rows] = scan.leave(h)
     return y, final_state, states
 
@@ -86,10 +84,11 @@ def backward(
     dinitial_state = u.new_empty(b, d, n, dtype=scan.dtype)
     for rows in scan.batch_slices():
         carry = scan.enter(dfinal_state, rows)  # gradient of the state that leaves the block
+        work = scan.workspace(rows, 3)
         for start in reversed(range(0, l, CHUNK)):
-            block = _Block(scan, rows, start, min(start + CHUNK, l))
+            block = _Block(scan, rows, start, min(start + CHUNK, l), work[0])
             entry = scan.enter(states[:, start // CHUNK], rows)
-            history = block.run(entry)
+            history = block.run(entry, work[1])
             dout = scan.read(dy, rows, start, block.stop)  # (K, b, g, 1, c)
             if dz is not None:
                 sigmoid = torch.sigmoid(block.z)
@@ -97,7 +96,7 @@ def backward(
                 scan.write(dz, rows, start, dout * block.read_out(history) * silu_slope)
                 dout = dout * block.z * sigmoid
             scan.write_shared(dC, rows, start, history @ dout.mT)
-            adjoint = block.run_back(dout, carry)
+            adjoint = block.run_back(dout, carry, work[2])
             scan.write_shared(dB, rows, start, adjoint @ block.drive.mT)
             ddrive = block.B.mT @ adjoint
             carry = block.decay[0] * adjoint[0]
@@ -172,6 +171,11 @@ class _Scan:
         size = max(1, _WORKING_SET.get(self.device, 1 << 22) // (CHUNK * self.d * self.n))
         return (slice(row, row + size) for row in range(0, self.b, size))
 
+    def workspace(self, rows: slice, count: int) -> list[Tensor]:
+        """Buffers (K, b, g, n, c) for all blocks of a slice: fresh memory costs more than the arithmetic on it."""
+        shape = (min(CHUNK, self.l), len(range(self.b)[rows]), *self.A.shape)
+        return [self.A.new_empty(shape) for _ in range(count)]
+
     def read(self, x: Tensor, rows: slice, start: int, stop: int) -> Tensor:
         """Tokens start..stop in scan order of (b, l, d), as (K, b, g, 1, c)."""
         return self.read_groups(x.unflatten(-1, (self.g, -1)), rows, start, stop).unsqueeze(-2)
@@ -220,7 +224,7 @@ class _Scan:
 class _Block:
     """What a block of tokens needs: step, drive, decay; and the recurrence over it in both directions."""
 
-    def __init__(self, scan: _Scan, rows: slice, start: int, stop: int) -> None:
+    def __init__(self, scan: _Scan, rows: slice, start: int, stop: int, work: Tensor) -> None:
         self.scan, self.stop = scan, stop
         self.u = scan.read(scan.u, rows, start, stop)  # (K, b, g, 1, c)
         self.delta = scan.read(scan.delta, rows, start, stop)
@@ -230,21 +234,25 @@ class _Block:
         self.drive = self.step * self.u
         self.B, self.C = (scan.read_groups(x, rows, start, stop).unsqueeze(-1) for x in (scan.B, scan.C))
         self.z = None if scan.z is None else scan.read(scan.z, rows, start, stop)
-        self.decay = (self.step * scan.A).exp_()  # (K, b, g, n, c)
+        self.decay = torch.mul(self.step, scan.A, out=work[: stop - start]).exp_()  # (K, b, g, n, c)
         if scan.keep is not None:
             self.decay *= scan.read_groups(scan.keep, rows, start, stop)[..., None, None]
 
-    def run(self, h: Tensor) -> Tensor:
+    def run(self, h: Tensor, work: Tensor) -> Tensor:
         """States after each token (K, b, g, n, c), from the state ``h`` (b, g, n, c) before the first."""
-        return _recurrence(self.decay, self.B * self.drive, h)
+        history = torch.mul(self.B, self.drive, out=work[: len(self.B)])
+        for decay_t, h_t in zip(self.decay.unbind(), history.unbind(), strict=True):
+            h = h_t.addcmul_(decay_t, h)
+        return history
 
-    def run_back(self, dout: Tensor, carry: Tensor) -> Tensor:
+    def run_back(self, dout: Tensor, carry: Tensor, work: Tensor) -> Tensor:
         """Gradients of the states after each token, given those of the read-out and of the last state."""
-        adjoint = self.C * dout
+        adjoint = torch.mul(self.C, dout, out=work[: len(self.C)])
         adjoint[-1] += carry
         # adjoint_t += decay_{t+1} adjoint_{t+1}: the same recurrence from the last token, with the decays one ahead.
-        for t in range(adjoint.shape[0] - 2, -1, -1):
-            adjoint[t].addcmul_(self.decay[t + 1], adjoint[t + 1])
+        tokens, decays = adjoint.unbind(), self.decay.unbind()
+        for t in range(len(tokens) - 2, -1, -1):
+            tokens[t].addcmul_(decays[t + 1], tokens[t + 1])
         return adjoint
 
     def read_out(self, history: Tensor) -> Tensor:
@@ -254,10 +262,3 @@ class _Block:
 
     def gate(self, out: Tensor) -> Tensor:
         return out if self.z is None else out * F.silu(self.z)
-
-
-def _recurrence(decay: Tensor, x: Tensor, h: Tensor) -> Tensor:
-    """h_t = decay_t h_{t-1} + x_t over the leading axis, from ``h`` before the first; overwrites ``x``."""
-    for a_t, x_t in zip(decay.unbind(), x.unbind(), strict=True):
-        h = x_t.addcmul_(a_t, h)
-    return x
