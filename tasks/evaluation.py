@@ -26,20 +26,21 @@ class Resampler:
 
     Two methods, and ``describe`` says which one was taken and why:
 
-    - ``"cluster"``: records are resampled with all their windows. If every record holds one class only (genomes of
-      species, say), they are drawn within their class, as the class sizes are a choice of the test set.
-    - ``"window"``: with fewer than ``MIN_CLUSTERS`` records, or a class found in fewer than
-      ``MIN_CLUSTERS_PER_CLASS``, windows are drawn within their record. Such intervals hold for these records only:
-      they know nothing of how another record would score, and are too narrow where neighbouring windows are alike.
+    - ``"cluster"``: the coarsest units of which there are enough (genomes, say, else records) are resampled with all
+      their windows. If every unit holds one class only, they are drawn within their class, as the class sizes are a
+      choice of the test set.
+    - ``"window"``: where even the finest units are fewer than ``MIN_CLUSTERS``, or a class is found in fewer than
+      ``MIN_CLUSTERS_PER_CLASS``, windows are drawn within them. Such intervals hold for these units only: they know
+      nothing of how another one would score, and are too narrow where neighbouring windows are alike.
 
     From a stratum of m units, m - 1 are drawn and weighted m / (m - 1), without which the spread of a small stratum
     comes out too small by that factor (Rao and Wu 1988, "Resampling inference with complex survey data"). A stratum
     of one unit cannot vary and keeps the weight 1.
 
     Args:
-        clusters: (n,) the name of the record (contig, genome, clip) each window came from.
+        clusters: what a unit is called -> (n,) the name of the unit each window is from, the coarsest first:
+            ``{"genome": ..., "record": ...}``.
         labels: (n,) class of each window, or None where a window has no single class.
-        unit: what the clusters are, for the description.
         resamples: how many to draw.
         confidence: of the intervals.
         seed: of the draws.
@@ -47,40 +48,46 @@ class Resampler:
 
     def __init__(
         self,
-        clusters: Sequence[str] | NDArray[Any],
+        clusters: Mapping[str, Sequence[str] | NDArray[Any]],
         labels: ArrayLike | None = None,
         *,
-        unit: str = "record",
         resamples: int = 2000,
         confidence: float = 0.95,
         seed: int = 0,
     ) -> None:
-        names, cluster = np.unique(np.asarray(clusters), return_inverse=True)
-        self.n_windows, self.n_clusters = len(cluster), len(names)
-        if not self.n_windows:
-            raise ValueError("there are no windows to resample")
-        self.unit_name, self.resamples, self.confidence, self.seed = unit, resamples, confidence, seed
-        self.stratified_by = "none"
-        stratum = np.zeros(self.n_clusters, np.int64)
-        carriers = self.n_clusters  # clusters of the class that has the fewest
-        if labels is not None:
-            pairs = np.unique(np.stack([cluster, np.asarray(labels, np.int64)]), axis=1)  # (2, distinct pairs)
-            carriers = int(np.unique(pairs[1], return_counts=True)[1].min())
-            if pairs.shape[1] == self.n_clusters:
-                stratum, self.stratified_by = pairs[1], "class"
-        self.method, self.note = "cluster", ""
-        if self.n_clusters < MIN_CLUSTERS or carriers < MIN_CLUSTERS_PER_CLASS:
-            few = (
-                f"{self.n_clusters} {unit}s in all"
+        self.resamples, self.confidence, self.seed = resamples, confidence, seed
+        passed_over: list[str] = []
+        if not clusters:
+            raise ValueError("name at least one unit to resample")
+        for self.unit_name, names in clusters.items():
+            distinct, cluster = np.unique(np.asarray(names), return_inverse=True)
+            self.n_clusters, self.n_windows = len(distinct), len(cluster)
+            if not self.n_windows:
+                raise ValueError("there are no windows to resample")
+            stratum = np.zeros(self.n_clusters, np.int64)
+            carriers = self.n_clusters  # units of the class that has the fewest
+            self.stratified_by = "none"
+            if labels is not None:
+                pairs = np.unique(np.stack([cluster, np.asarray(labels, np.int64)]), axis=1)  # (2, distinct pairs)
+                carriers = int(np.unique(pairs[1], return_counts=True)[1].min())
+                if pairs.shape[1] == self.n_clusters:
+                    stratum, self.stratified_by = pairs[1], "class"
+            if self.n_clusters >= MIN_CLUSTERS and carriers >= MIN_CLUSTERS_PER_CLASS:
+                self.method = "cluster"
+                break
+            passed_over.append(
+                f"{self.unit_name}s ({self.n_clusters} in all)"
                 if self.n_clusters < MIN_CLUSTERS
-                else f"{carriers} {unit}s of one class"
+                else f"{self.unit_name}s ({carriers} of one class)"
             )
-            self.method, self.stratified_by = "window", unit
-            self.note = (
-                f"{few}: too few to resample {unit}s, so windows are resampled within their {unit}; the intervals hold "
-                f"for these {unit}s only and leave out the spread between {unit}s"
-            )
+        else:
+            self.method, self.stratified_by = "window", self.unit_name
             stratum, cluster = cluster, np.arange(self.n_windows)
+        resampled = f"{self.unit_name}s are resampled"
+        if self.method == "window":
+            resampled = f"windows are resampled within their {self.unit_name}"
+        few = " and ".join(passed_over)
+        self.note = f"too few {few}: {resampled}, and the intervals leave out the spread between them" if few else ""
         self.unit: NDArray[np.int64] = cluster  # (n,) the column of the weights a window takes its weight from
         self.n_units = len(stratum)
         self._order = np.argsort(stratum, kind="stable")

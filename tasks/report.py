@@ -33,7 +33,7 @@ MODEL = "model"
 def evaluate(
     probabilities: ArrayLike,
     labels: ArrayLike,
-    clusters: Sequence[str] | NDArray[Any],
+    clusters: Mapping[str, Sequence[str] | NDArray[Any]],
     classes: Sequence[str],
     *,
     baselines: Mapping[str, ArrayLike] | None = None,
@@ -41,7 +41,6 @@ def evaluate(
     data: Mapping[str, Any] | None = None,
     checkpoint: str = "",
     command: str = "",
-    unit: str = "record",
     resamples: int = 2000,
     confidence: float = 0.95,
     seed: int = 0,
@@ -51,13 +50,12 @@ def evaluate(
     Args:
         probabilities: (n, c) of the model.
         labels: (n,) class indices.
-        clusters: (n,) the record, genome or contig of each window; see ``Resampler``.
+        clusters: unit -> (n,) names, the units to resample, coarsest first; see ``Resampler``.
         classes: the c class names, by index.
         baselines: name -> (n, c) probabilities.
         baseline_settings: name -> what was chosen in fitting it, copied into the report.
         data: what the windows are, copied into the report.
         checkpoint, command: copied into the report.
-        unit: what a cluster is called.
         resamples, confidence, seed: of the bootstrap.
 
     Returns:
@@ -68,7 +66,7 @@ def evaluate(
     if MODEL in baselines:
         raise ValueError(f"no baseline can be called {MODEL!r}")
     truth = np.asarray(labels, np.int64)
-    resampler = Resampler(clusters, truth, unit=unit, resamples=resamples, confidence=confidence, seed=seed)
+    resampler = Resampler(clusters, truth, resamples=resamples, confidence=confidence, seed=seed)
     scores = score({MODEL: probabilities, **baselines}, truth, resampler)
     model = scores[MODEL]
     if len(classes) != len(model.confusion):
