@@ -242,7 +242,9 @@ def from_transformers(source: str | Path | tuple[Mapping[str, Any], Mapping[str,
         rank = config["time_step_rank"]
         spec = MixerSpec(class_path="Mamba", init_args={**arguments, "dt_rank": rank})
     else:
-        low, high = (float(limit) for limit in config.get("time_step_limit", (0.0, "inf")))
+        # In its files, transformers writes infinity as {"__float__": "Infinity"}.
+        limits = config.get("time_step_limit", (0.0, "inf"))
+        low, high = (float(limit["__float__"] if isinstance(limit, Mapping) else limit) for limit in limits)
         if low > 0 or high != float("inf"):
             raise UserError(f"time_step_limit {low, high} is not supported: step sizes are not clamped here")
         arguments |= {"headdim": config["head_dim"], "ngroups": config["n_groups"]}

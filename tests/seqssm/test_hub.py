@@ -1,0 +1,229 @@
+import json
+import os
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from seqssm import hub
+from seqssm.backbone import BackboneConfig, LanguageModel, MixerSpec
+from seqssm.errors import UserError
+
+
+def make() -> LanguageModel:
+    torch.manual_seed(0)
+    mixers = {"m": MixerSpec(class_path="Mamba"), "a": MixerSpec(class_path="Attention")}
+    return LanguageModel(11, BackboneConfig(d_model=16, n_layers=2, mixers=mixers, pattern="ma")).eval()
+
+
+def config_of(model: LanguageModel) -> dict:
+    return {"task": "seqssm.backbone.LanguageModel", "init_args": model.init_args(), "data": {"class_path": "X"}}
+
+
+@pytest.fixture
+def saved(tmp_path):
+    model = make()
+    return hub.save(tmp_path / "model", config_of(model), model.state_dict())
+
+
+def edit(folder, **changes):
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config.update(changes)
+    path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+
+
+# ---- save and load -------------------------------------------------------------------------------------------------
+
+
+def test_round_trip(tmp_path):
+    model, tokens = make(), torch.randint(0, 11, (2, 9))
+    metrics = {"metrics": {"accuracy": {"value": 0.91, "low": 0.88, "high": 0.93, "n": 200}, "mcc": {"value": 0.5}}}
+    folder = hub.save(tmp_path / "new" / "model", config_of(model), model.state_dict(), metrics=metrics)
+    assert sorted(p.name for p in folder.iterdir()) == ["README.md", "config.json", "metrics.json", "model.safetensors"]
+    assert json.loads((folder / "metrics.json").read_text()) == metrics
+    config, weights = hub.load(folder)
+    assert config["init_args"] == model.init_args()
+    assert config["data"] == {"class_path": "X"}
+    assert {k: v.tolist() for k, v in weights.items()} == {k: v.tolist() for k, v in model.state_dict().items()}
+    loaded = hub.load_model(folder)
+    assert not loaded.training
+    assert torch.equal(loaded(tokens)[0], model(tokens)[0])
+    _, front, body = (folder / "README.md").read_text().split("---\n", 2)
+    assert yaml.safe_load(front)["library_name"] == "seqssm"
+    assert "| accuracy | 0.910 | 0.880 to 0.930 | 200 |" in body
+    assert "| mcc | 0.500 |  |  |" in body
+
+
+def test_shared_and_strided_weights_are_kept(tmp_path):
+    table = torch.randn(4, 6)
+    weights = {"a": table, "b": table, "c": table.T, "d": table[:, ::2].bfloat16()}
+    _, loaded = hub.load(hub.save(tmp_path / "m", {"task": "seqssm.X", "init_args": {}}, weights))
+    assert all(torch.equal(loaded[k], v) for k, v in weights.items())
+
+
+def test_an_own_card_is_kept(tmp_path):
+    folder = hub.save(tmp_path / "m", {"task": "seqssm.X", "init_args": {}}, {}, card="# Mine\n")
+    assert (folder / "README.md").read_text() == "# Mine\n"
+
+
+def test_saving_again_replaces(saved, tmp_path):
+    model = make()
+    with torch.no_grad():
+        model.embedding.weight.add_(1)
+    hub.save(saved, config_of(model), model.state_dict())
+    assert torch.equal(hub.load(saved)[1]["embedding.weight"], model.embedding.weight)
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_failure_leaves_nothing_behind(saved, tmp_path):
+    before = {p.name: p.read_bytes() for p in saved.iterdir()}
+    with pytest.raises(TypeError):
+        hub.save(saved, {"task": "seqssm.X", "init_args": {"not plain": object()}}, {})
+    with pytest.raises(ValueError, match="needs task and init_args"):
+        hub.save(saved, {"task": "seqssm.X"}, {})
+    with pytest.raises(ValueError, match="labels"):
+        hub.save(saved, {"task": "seqssm.X", "init_args": {}, "labels": []}, {})
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+    assert {p.name: p.read_bytes() for p in saved.iterdir()} == before
+
+
+def test_other_folders_are_not_overwritten(tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.png").write_bytes(b"x")
+    (tmp_path / "file").write_bytes(b"x")
+    for name in ("photos", "file"):
+        with pytest.raises(UserError, match="not a checkpoint"):
+            hub.save(tmp_path / name, {"task": "seqssm.X", "init_args": {}}, {})
+    with pytest.raises(UserError, match="cannot write"):
+        hub.save(tmp_path / "file" / "below", {"task": "seqssm.X", "init_args": {}}, {})
+    assert sorted(os.listdir(tmp_path)) == ["file", "photos"]
+
+
+# ---- what is refused -----------------------------------------------------------------------------------------------
+
+
+def tamper_weights(folder):
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    weights["embedding.weight"][0, 0] += 1
+    save_file(weights, path)
+
+
+def truncate_weights(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def forge_garbage(folder):
+    (folder / "model.safetensors").write_bytes(b"garbage")
+    edit(folder, sha256=hub._sha256(folder / "model.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda f: (f / "config.json").unlink(), "No such file"),
+        (lambda f: (f / "model.safetensors").unlink(), "No such file"),
+        (lambda f: (f / "config.json").write_text("{"), "not JSON"),
+        (lambda f: (f / "config.json").write_text("[]"), "not the config"),
+        (lambda f: edit(f, format_version=2), "format_version 2"),
+        (lambda f: edit(f, run_me="code"), "unknown key run_me"),
+        (lambda f: edit(f, sha256=None), "missing key sha256"),
+        (lambda f: edit(f, init_args=[]), "init_args"),
+        (tamper_weights, "not the file that was saved"),
+        (truncate_weights, "not the file that was saved"),
+        (forge_garbage, "not a safetensors file"),
+        (lambda f: edit(f, task="os.system"), "not one of seqssm's"),
+        (lambda f: edit(f, task="seqssm_other.Model"), "not one of seqssm's"),
+        (lambda f: edit(f, task="seqssm.hub.save"), "not a model"),
+        (lambda f: edit(f, task="seqssm.hub.shutil.rmtree"), "unknown to seqssm"),
+        (lambda f: edit(f, task="seqssm.tasks.NoSuchTask"), "unknown to seqssm"),
+        (lambda f: edit(f, init_args={**make().init_args(), "width": 3}), "width"),
+        (lambda f: edit(f, init_args={**make().init_args(), "vocab_size": 12}), "do not fit"),
+        (
+            lambda f: edit(f, init_args={**make().init_args(), "config": {"mixers": {"m": {"class_path": "a.B"}}}}),
+            "a.B",
+        ),
+        (lambda f: edit(f, init_args={**make().init_args(), "config": {"depth": 1}}), "depth"),
+    ],
+)
+def test_damaged_checkpoints_are_refused_in_one_line(saved, damage, words):
+    damage(saved)
+    with pytest.raises(UserError, match=words) as caught:
+        hub.load_model(saved)
+    assert "\n" not in str(caught.value)
+
+
+def test_names_resolve(saved, tmp_path, monkeypatch):
+    assert hub.resolve(saved) == saved
+    with pytest.raises(UserError, match="no such folder"):
+        hub.resolve("dna-nothing")
+    monkeypatch.setattr(hub, "__file__", str(tmp_path / "hub.py"))
+    hub.save(tmp_path / "pretrained" / "dna-small", config_of(make()), make().state_dict())
+    assert hub.shipped() == {"dna-small": tmp_path / "pretrained" / "dna-small"}
+    assert hub.resolve("dna-small") == tmp_path / "pretrained" / "dna-small"
+
+
+# ---- weights from transformers -------------------------------------------------------------------------------------
+
+
+def foreign(kind: str, **settings: object):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 31, "hidden_size": 32, "num_hidden_layers": 3, "state_size": 8, **settings}
+    if kind == "mamba":
+        model = transformers.MambaForCausalLM(transformers.MambaConfig(**sizes))
+    else:
+        sizes = {"head_dim": 16, "num_heads": 4, "n_groups": 2, "chunk_size": 8, **sizes}
+        model = transformers.Mamba2ForCausalLM(transformers.Mamba2Config(**sizes))
+    with torch.no_grad():
+        for parameter in model.parameters():  # biases and norms that start at zero or one must matter too
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("mamba", {}),
+        ("mamba", {"use_bias": True, "use_conv_bias": False, "expand": 3, "tie_word_embeddings": False}),
+        ("mamba2", {}),
+        ("mamba2", {"use_bias": True, "n_groups": 1, "tie_word_embeddings": True, "layer_norm_epsilon": 1e-3}),
+    ],
+)
+@torch.no_grad()
+def test_transformers_weights_give_the_same_logits(kind, settings, tmp_path):
+    theirs = foreign(kind, **settings)
+    tokens = torch.randint(0, 31, (2, 19))
+    expected = theirs(tokens).logits
+    theirs.save_pretrained(tmp_path, max_shard_size="20KB")
+    for source in (tmp_path, (theirs.config.to_dict(), theirs.state_dict())):
+        ours = hub.from_transformers(source)
+        assert (ours(tokens)[0] - expected).abs().max() < 1e-4
+    state = ours.init_state(2)
+    steps = torch.stack([ours.step(token, state) for token in tokens.unbind(1)], 1)
+    assert (steps - expected).abs().max() < 1e-4
+    head, state = ours(tokens[:, :11])
+    tail, _ = ours(tokens[:, 11:], state)
+    assert (torch.cat([head, tail], 1) - expected).abs().max() < 1e-4
+
+
+def test_what_cannot_be_mapped_is_named(tmp_path):
+    model = foreign("mamba2")
+    config, weights = model.config.to_dict(), model.state_dict()
+    for change, words in [
+        ({"model_type": "gpt2"}, "gpt2"),
+        ({"hidden_act": "gelu"}, "gelu"),
+        ({"time_step_limit": [0.0, 0.1]}, "time_step_limit"),
+        ({"num_hidden_layers": 4}, "do not fit"),
+    ]:
+        with pytest.raises(UserError, match=words) as caught:
+            hub.from_transformers(({**config, **change}, weights))
+        assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="not a readable"):
+        hub.from_transformers(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="pickled weights"):
+        hub.from_transformers(tmp_path)
