@@ -1,16 +1,17 @@
-"""The `seqssm` command: Lightning's fit, validate, test and predict, and tools for people with a file and a question."""
+"""The `seqssm` command: Lightning's fit, validate, test, predict, and tools for people with a file and a question."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NoReturn
 
 import seqssm
 from seqssm.errors import UserError
@@ -67,9 +68,18 @@ def _dispatch(args: list[str]) -> int:
     if command not in TOOLS:
         raise UserError(f"unknown command {command!r}; the commands are {', '.join([*TRAINER_COMMANDS, *TOOLS])}")
     module = importlib.import_module(f"seqssm.commands.{command}")
-    parser = argparse.ArgumentParser(f"seqssm {command}", description=module.__doc__)
+    parser = _Parser(f"seqssm {command}", description=module.__doc__)
     module.add_arguments(parser)
-    return module.run(parser.parse_args(rest)) or 0
+    namespace = parser.parse_args(rest)
+    namespace.command_line = shlex.join(["seqssm", *args])  # reports say how they were made
+    return module.run(namespace) or 0
+
+
+class _Parser(argparse.ArgumentParser):
+    """One that reports a bad argument as every other bad input is reported."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; `{self.prog} --help` lists the arguments")
 
 
 def _overview() -> str:
@@ -100,7 +110,7 @@ def find_config(name: str) -> str:
     """
     if Path(name).is_file():
         return name
-    shipped = resources.files("seqssm.configs").joinpath(f"{name.removesuffix('.yaml').removeprefix('configs/')}.yaml")
+    shipped = resources.files("seqssm.configs").joinpath(f"{name.removesuffix('.yaml')}.yaml")
     if not shipped.is_file():
         raise UserError(f"--config {name}: no such file, nor a shipped config ({', '.join(shipped_configs())})")
     return str(shipped)
@@ -129,6 +139,8 @@ def run_trainer(command: str, args: list[str]) -> LightningCLI:
 
     # torchmetrics says so for every epoch of a split in which a class is missing; the report before step 1 has said it.
     warnings.filterwarnings("ignore", message=".*No (positive|negative) samples in targets.*")
+    # main() hands the arguments over explicitly, whatever sys.argv holds.
+    warnings.filterwarnings("ignore", message="LightningCLI.s args parameter.*")
     try:
         return TaskCLI(args=[command, *_resolve_configs(args)])
     except ArgumentError as error:

@@ -86,8 +86,8 @@ class Task(pl.LightningModule):
         missing = [k for k in own if k.startswith("backbone.") and k not in matching]
         if missing:
             raise UserError(
-                f"init_from {self.init_from}: {len(missing)} backbone weights do not fit this model (first: {missing[0]}); "
-                "use the backbone settings that the checkpoint was trained with"
+                f"init_from {self.init_from}: {len(missing)} backbone weights do not fit this model "
+                f"(first: {missing[0]}); use the backbone settings that the checkpoint was trained with"
             )
         self.load_state_dict(matching, strict=False)
         fresh = sorted(set(own) - set(matching))

@@ -21,7 +21,6 @@ from torchmetrics.classification import (
 from seqssm.backbone import Backbone, BackboneConfig
 from seqssm.data import DNABatch
 from seqssm.data.dna.alphabet import VOCABULARY_SIZE, complement, reverse_complement
-from seqssm.files import atomic_write
 from seqssm.tasks.base import OptimizerConfig, Task
 
 
@@ -175,11 +174,10 @@ class DNAClassification(Task):
         self._draw_confusion("test")
 
     def _draw_confusion(self, split: str) -> None:
-        from seqssm.tasks.plots import confusion_png
+        from seqssm.tasks.plots import confusion_matrix_png
 
         counts = self.confusion[split].compute()
         self.confusion[split].reset()
         folder = self.trainer.log_dir
         if folder and self.trainer.is_global_zero and not self.trainer.sanity_checking:
-            with atomic_write(Path(folder) / f"confusion_{split}.png", "wb") as file:
-                file.write(confusion_png(counts.cpu().numpy(), self.labels))
+            confusion_matrix_png(counts.cpu().numpy(), self.labels, Path(folder) / f"confusion_{split}.png")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from seqssm.data import FastaWindows
+from seqssm.data.dna.prediction import FastaWindows, window_batches
 from seqssm.files import atomic_write
 from seqssm.tasks.base import build_task, read_checkpoint
 from seqssm.tasks.dna import DNAClassification
@@ -23,31 +23,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", "-o", type=Path, help="TSV file to write; default: standard output")
     parser.add_argument("--batch-size", type=int, default=8, help="windows a forward pass (default: 8)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    parser.add_argument("--index-dir", type=Path, help="where the 1 byte/base index goes; default: the user's cache")
 
 
 def run(args: argparse.Namespace) -> None:
     from rich.console import Console
-    from rich.progress import track
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     loaded = read_checkpoint(args.checkpoint)
     task = build_task(loaded, DNAClassification, args.checkpoint).to(args.device)
     trained_bp = loaded.data.get("init_args", {}).get("window_bp")
     window_bp = (trained_bp if args.window_bp is None else args.window_bp) or None
-    windows = FastaWindows(args.fasta, window_bp=window_bp, stride_bp=args.stride_bp, index_dir=args.index_dir)
-    batches = windows.batches(args.batch_size)
-    progress = track(
-        batches, f"classify {args.fasta.name}", total=-(-len(windows) // args.batch_size),
-        console=Console(stderr=True), disable=not sys.stderr.isatty(),
-    )  # fmt: skip
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     output = nullcontext(sys.stdout) if args.output is None else atomic_write(args.output)
-    with output as out, torch.inference_mode():
-        print("record", "start_bp", "end_bp", "label", *task.labels, sep="\t", file=out)
-        for places, batch in progress:
-            autocast = torch.autocast("cuda", torch.bfloat16, enabled=args.device.startswith("cuda"))
-            with autocast:
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress, output as out:
+        total = args.fasta.stat().st_size if args.fasta.is_file() else None
+        bar = progress.add_task(args.fasta.name, total=total)
+        windows = FastaWindows(args.fasta, window_bp, args.stride_bp, on_read=lambda size: progress.advance(bar, size))
+        header_written = False
+        for group, batch in window_batches(windows, args.batch_size):
+            with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, args.device.startswith("cuda")):
                 tokens, lengths = batch.tokens.to(args.device), batch.lengths.to(args.device)
-                probabilities = task.predict_proba(tokens, lengths).cpu()
-            for place, row in zip(places, probabilities.tolist(), strict=True):
-                label = task.labels[max(range(len(row)), key=row.__getitem__)]
-                print(place.record, place.start_bp, place.end_bp, label, *(f"{p:.4f}" for p in row), sep="\t", file=out)
+                probabilities = task.predict_proba(tokens, lengths).float().cpu()
+            if not header_written:  # only now is the input known to be readable
+                print("record", "start_bp", "end_bp", "label", *task.labels, sep="\t", file=out)
+                header_written = True
+            for window, row, best in zip(group, probabilities.tolist(), probabilities.argmax(-1).tolist(), strict=True):
+                # A window of nothing but N holds no evidence: it gets a row, and no label.
+                label = task.labels[best] if window.n_fraction < 1 else "NA"
+                scores = [f"{p:.4f}" for p in row] if window.n_fraction < 1 else ["NA"] * len(row)
+                print(window.record, window.start_bp, window.end_bp, label, *scores, sep="\t", file=out)

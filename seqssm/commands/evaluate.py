@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 
 from seqssm.errors import UserError
@@ -22,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data", help="a YAML config whose `data` section to use; default: the data the checkpoint was trained with"
     )
-    parser.add_argument("--split", choices=("test", "validation"), default="test", help="default: %(default)s")
+    parser.add_argument("--split", choices=("test", "val"), default="test", help="default: %(default)s")
     parser.add_argument("--output", "-o", type=Path, help="folder for metrics.json, evaluation.md and confusion.png")
     parser.add_argument("--no-baselines", action="store_true", help="leave the baselines out (they are fitted anew)")
     parser.add_argument("--batch-size", type=int, help="windows a forward pass; default: as trained")
@@ -40,6 +37,7 @@ def run(args: argparse.Namespace) -> None:
         baselines=not args.no_baselines,
         accelerator=args.device,
         seed=args.seed,
+        command=args.command_line,
     )
 
 
@@ -79,6 +77,7 @@ def evaluate(
     baselines: bool = True,
     accelerator: str = "auto",
     seed: int = 0,
+    command: str = "",
 ) -> dict[str, Any]:
     """Predict a split, fit the baselines on the same training windows, print the table and write the report.
 
@@ -86,28 +85,60 @@ def evaluate(
         checkpoint: a Lightning ``.ckpt`` or a folder in hub format, of a :class:`DNAClassification`.
         datamodule: gives the windows of every split.
         folder: where ``metrics.json``, ``evaluation.md`` and ``confusion.png`` go; None writes nothing.
-        split: ``test`` or ``validation``.
+        split: ``test`` or ``val``.
         baselines: whether to fit and score them.
         accelerator: as Lightning names it.
         seed: of the baselines and the bootstrap.
+        command: what the user typed, for the report.
     """
-    from rich.console import Console
-    from rich.markdown import Markdown
-
     from seqssm.tasks import report as reports
-    from seqssm.tasks.baselines import Windows, default_baselines
+    from seqssm.tasks.baselines import Windows, default_baselines, run_baselines
 
     loaded = read_checkpoint(checkpoint)
     task = build_task(loaded, DNAClassification, checkpoint)
     datamodule.prepare_data()
     datamodule.setup("fit")
-    datamodule.setup("test")
     if list(datamodule.labels) != task.labels:
         raise UserError(
             f"{checkpoint} knows the classes {', '.join(task.labels)}; the data has {', '.join(datamodule.labels)}"
         )
+    dataset = datamodule.grid(split)
     trainer = pl.Trainer(accelerator=accelerator, devices=1, logger=False, enable_checkpointing=False)
     loader = datamodule.test_dataloader() if split == "test" else datamodule.val_dataloader()
     outputs: Any = trainer.predict(task, dataloaders=loader)
-    probabilities = torch.cat(outputs).double().numpy()
-    return {}
+    probabilities = torch.cat(outputs).cpu().double().numpy()
+
+    fitted = {}
+    if baselines:
+        settings = datamodule.hparams
+        chosen = default_baselines(
+            len(task.labels),
+            balance=bool(settings["balance"] or task.class_weights == "balanced"),
+            reverse_complement=settings["rc_probability"] > 0,
+            seed=seed,
+            device=str(trainer.strategy.root_device),
+        )
+        windows = {name: Windows.read(datamodule.grid(name)) for name in {"train", "val", split}}
+        fitted = run_baselines(chosen, windows["train"], windows["val"], windows[split])
+    report = reports.evaluate(
+        probabilities,
+        dataset.windows.label,
+        {"group": dataset.windows.group, "record": dataset.windows.record},
+        task.labels,
+        baselines={name: one.probabilities for name, one in fitted.items()},
+        baseline_settings={name: one.settings for name, one in fitted.items()},
+        data={
+            "path": str(datamodule.hparams["path"]),
+            "split": split,
+            "window_bp": datamodule.hparams["window_bp"] or "whole sequences",
+            "train windows": sum(datamodule.report.counts["train"].values()),
+        },
+        checkpoint=checkpoint,
+        command=command,
+        seed=seed,
+    )
+    text = reports.to_markdown(report)
+    print(text)
+    if folder is not None:
+        print("wrote", ", ".join(str(path) for path in reports.save(report, folder)))
+    return report

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
-from seqssm.data.dna import datamodule  # noqa: F401 - the parser knows short names of imported classes
+import seqssm.data.synthetic  # imports every DataModule: the parser knows short names of imported classes
+import seqssm.tasks.dna  # noqa: F401 - the same for tasks
 from seqssm.errors import UserError
-from seqssm.tasks import dna  # noqa: F401
 from seqssm.tasks.base import Task, read_checkpoint
 
 COMMANDS = ("fit", "validate", "test", "predict")
@@ -20,6 +21,7 @@ class TaskCLI(LightningCLI):
     """``seqssm fit|validate|test|predict``: any :class:`Task` with any DataModule, from YAML and the command line."""
 
     def __init__(self, args: list[str]) -> None:
+        self._command_line = shlex.join(["seqssm", *args])
         strict = {"exit_on_error": False}
         super().__init__(
             Task,
@@ -55,7 +57,9 @@ class TaskCLI(LightningCLI):
         model = self.config[self.config.subcommand]["model"]
         if model["class_path"] != stored["task"]:
             raise UserError(f"--ckpt_path {path} holds a {stored['task']}, the config asks for a {model['class_path']}")
-        configured = model["init_args"].as_dict() if hasattr(model["init_args"], "as_dict") else dict(model["init_args"])
+        configured = (
+            model["init_args"].as_dict() if hasattr(model["init_args"], "as_dict") else dict(model["init_args"])
+        )
         for key, value in stored["init_args"].items():
             if key in configured and key != "labels" and configured[key] != value:
                 raise UserError(
@@ -72,7 +76,12 @@ class TaskCLI(LightningCLI):
         best = callback.best_model_path if callback is not None else ""
         if not best:
             raise UserError("--evaluate needs a ModelCheckpoint callback with `monitor` in trainer.callbacks")
-        evaluate(best, datamodule=self.datamodule, folder=Path(self.trainer.log_dir or "."))
+        evaluate(
+            best,
+            datamodule=self.datamodule,
+            folder=Path(self.trainer.log_dir or "."),
+            command=self._command_line,
+        )
 
 
 def _labels(datamodule: pl.LightningDataModule) -> list[str] | None:
