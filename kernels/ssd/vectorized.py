@@ -26,6 +26,9 @@ from seqssm.kernels.dispatch import state_dtype
 # the second-level caches, on a GPU there should be enough of them to fill it.
 _SLAB_ELEMENTS = {"cpu": 2**19, "cuda": 2**26}
 
+# Chunks are whole numbers of blocks of so many tokens.
+_BLOCK = 16
+
 
 def forward(
     x: Tensor,
@@ -189,7 +192,9 @@ class _Scan:
         # (j, i): token i sees token j, itself included.
         self.sees = ones.tril() if part.backwards else ones.triu()
         self.before = self.sees - torch.eye(part.chunk, dtype=self.dtype, device=x.device)
-        self.mask = torch.zeros_like(ones).masked_fill_(self.sees == 0, -torch.inf)
+        self.mask = torch.zeros(_BLOCK, _BLOCK, dtype=torch.float64, device=x.device)
+        self.mask.masked_fill_(self.sees[:_BLOCK, :_BLOCK] == 0, -torch.inf)
+        self.last = 0 if part.backwards else -1  # of the tokens of a chunk, in scan direction
 
     def slabs(self) -> range:
         """Slab numbers in scan order."""
@@ -273,22 +278,17 @@ class _Scan:
         part = self.part
         tokens = slice(k * part.slab, min((k + 1) * part.slab, self.l))
         step = self._chunks(self.step[:, tokens])
-        # Cumulated in float64: the rounding of these sums, not of their differences, is what would reach the decays.
+        # Sums of log decays are taken in float64 and only their differences rounded, which are never positive.
         log = (step * self.A).transpose(2, 3).double() @ self.sees.double()  # (b, c, h, q)
-        total = log[..., 0 if part.backwards else -1]  # (b, c, h)
-        to_end, log = (total.unsqueeze(-1) - log).to(self.dtype).exp_(), log.to(self.dtype)
-        from_start, through = log.exp(), total.to(self.dtype).exp()
-        decay = log.unsqueeze(-2) - log.unsqueeze(-1)  # (b, c, h, j, i)
-        if self.resets is None:
-            decay += self.mask
-        else:
-            resets = self._chunks(self.resets[:, tokens]) @ self.sees  # (b, c, q): how many up to here
-            last = resets[..., 0 if part.backwards else -1]  # (b, c)
-            crosses = resets.unsqueeze(-1) != resets.unsqueeze(-2)  # (b, c, j, i)
-            decay += self.mask.masked_fill(crosses, -torch.inf).unsqueeze(2)
+        total = log[..., self.last]  # (b, c, h)
+        from_start, to_end, through = (self._exp(v) for v in (log, total.unsqueeze(-1) - log, total))
+        resets = None
+        if self.resets is not None:
+            resets = self._chunks(self.resets[:, tokens]) @ self.sees  # (b, c, q): how many up to this token
+            all_resets = resets[..., self.last, None]  # (b, c, 1)
             from_start *= (resets == 0).unsqueeze(2)
-            to_end *= (resets == last.unsqueeze(-1)).unsqueeze(2)
-            through *= (last == 0).unsqueeze(-1)
+            to_end *= (resets == all_resets).unsqueeze(2)
+            through *= all_resets == 0
         B, C = (self._chunks(v[:, tokens]).transpose(2, 3) for v in (self.B, self.C))
         return _Slab(
             tokens=tokens,
@@ -297,12 +297,46 @@ class _Scan:
             step=step,
             B=B,
             C=C,
-            decay=decay.exp_().unflatten(2, (self.g, self.r)),
+            decay=self._decay_matrix(log, resets).unflatten(2, (self.g, self.r)),
             from_start=from_start.transpose(2, 3).unsqueeze(-1),
             to_end=to_end.transpose(2, 3).unsqueeze(-1),
             through=through.unflatten(2, (self.g, self.r)),
             products=(B @ C.mT).unsqueeze(3),
         )
+
+    def _decay_matrix(self, log: Tensor, resets: Tensor | None) -> Tensor:
+        """Decay from token j to token i of a chunk (b, c, h, j, i), zero where i does not see j.
+
+        Only blocks of _BLOCK tokens on the diagonal need an exponential for each entry. Off the diagonal the way from j
+        to i leads over two block borders, and its decay is a product: a matrix of rank q / _BLOCK.
+        """
+        backwards = self.part.backwards
+        log = log.unflatten(-1, (-1, _BLOCK))  # (b, c, h, m, s)
+        leave = log[..., self.last]  # (b, c, h, m): up to the border where the scan leaves each block
+        enter = F.pad(leave[..., 1:], [0, 1]) if backwards else F.pad(leave[..., :-1], [1, 0])
+        blocks = torch.ones(log.shape[-2], log.shape[-2], dtype=torch.bool, device=log.device)
+        later = blocks.tril(-1) if backwards else blocks.triu(1)  # (J, I): block I comes after block J
+        to_border, from_border = self._exp(leave.unsqueeze(-1) - log), self._exp(log - enter.unsqueeze(-1))
+        between = self._exp((enter.unsqueeze(-2) - leave.unsqueeze(-1)).masked_fill_(~later, -torch.inf))  # (..., J, I)
+        own = log.unsqueeze(-2) - log.unsqueeze(-1)  # (b, c, h, m, j, i)
+        own += self.mask
+        if resets is not None:
+            resets = resets.unflatten(-1, (-1, _BLOCK)).unsqueeze(2)  # (b, c, 1, m, s)
+            left = resets[..., self.last]
+            entered = F.pad(left[..., 1:], [0, 1]) if backwards else F.pad(left[..., :-1], [1, 0])
+            to_border *= resets == left.unsqueeze(-1)
+            from_border *= resets == entered.unsqueeze(-1)
+            between *= entered.unsqueeze(-2) == left.unsqueeze(-1)
+            own.masked_fill_(resets.unsqueeze(-2) != resets.unsqueeze(-1), -torch.inf)
+        rows = (to_border.unsqueeze(-1) * between.unsqueeze(-2)).flatten(-3, -2)  # (b, c, h, j, I)
+        columns = torch.diag_embed(from_border.transpose(-1, -2)).movedim(-3, -1).flatten(-2)  # (b, c, h, I, i)
+        matrix = rows @ columns
+        diagonal = matrix.unflatten(-1, (-1, _BLOCK)).unflatten(-3, (-1, _BLOCK)).diagonal(0, -4, -2).movedim(-1, -3)
+        diagonal.copy_(self._exp(own))
+        return matrix
+
+    def _exp(self, log: Tensor) -> Tensor:
+        return log.to(self.dtype).exp_() if log.dtype != self.dtype else log.exp()
 
     def _output(self, s: _Slab, own: Tensor, carried: Tensor) -> Tensor:
         """Scan output with its skip (b, c, q, h, p), from the chunk's own part and the entering state's."""
@@ -367,9 +401,13 @@ class _Scan:
 def _grid(x: Tensor, B: Tensor, chunk: int | None) -> tuple[int, int]:
     """Tokens of a chunk and of a slab, a whole number of chunks."""
     _, l, h, p = x.shape
-    chunk = min(chunk or _default_chunk(p, B.shape[3]), l)
+    chunk = _round_up(min(chunk or _default_chunk(p, B.shape[3]), l), _BLOCK)
     budget = _SLAB_ELEMENTS.get(x.device.type, _SLAB_ELEMENTS["cuda"])
     return chunk, chunk * max(1, budget // (h * chunk * chunk))
+
+
+def _round_up(length: int, multiple: int) -> int:
+    return -(-length // multiple) * multiple
 
 
 def _default_chunk(p: int, n: int) -> int:
