@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -69,9 +69,9 @@ class S4D(Mixer):
             state = {"scan": state["scan"].clone()}
             return self.step(x[:, 0], state).unsqueeze(1), state
         initial = None if state is None else torch.view_as_complex(state["scan"])
-        y, u = self._mix(x, initial, seq_idx, reverse)
+        y, u, system = self._mix(x, initial, seq_idx, reverse)
         with torch.autocast(x.device.type, enabled=False):
-            final = self._final_state(u, initial, seq_idx, reverse)
+            final = _final_state(system, u, initial, seq_idx, reverse)
         return y, {"scan": torch.view_as_real(final)}
 
     def output(self, x: Tensor, *, seq_idx: Tensor | None = None, reverse: bool = False) -> Tensor:
@@ -79,99 +79,126 @@ class S4D(Mixer):
 
     def step(self, x: Tensor, state: State) -> Tensor:
         u, z = self.in_proj(x).chunk(2, dim=-1)  # (b, e) each
-        log_decay, drive, C = self._system()
         dtype = self.D.dtype
+        system = self._system(1)
         h = torch.view_as_complex(state["scan"])  # (b, e, n/2), written through
-        h.mul_(torch.exp(log_decay).to(h.dtype)).add_(u.to(dtype)[..., None] * drive.to(h.dtype))
-        y = 2 * (C.to(h.dtype) * h).sum(-1).real + self.D * u.to(dtype)
+        h.mul_(system.power(1)).add_(u.to(dtype)[..., None] * system.drive)
+        y = 2 * (system.C * h).sum(-1).real + self.D * u.to(dtype)
         return self.out_proj(y.to(u.dtype) * F.silu(z))
 
-    def _mix(self, x: Tensor, initial: Tensor | None, seq_idx: Tensor | None, reverse: bool) -> tuple[Tensor, Tensor]:
-        """The output (b, l, d), and the system's input u (b, l, e) at full precision."""
+    def _mix(
+        self, x: Tensor, initial: Tensor | None, seq_idx: Tensor | None, reverse: bool
+    ) -> tuple[Tensor, Tensor, _System]:
+        """The output (b, l, d), and at full precision the system and its input u (b, l, e)."""
         projected, z = self.in_proj(x).chunk(2, dim=-1)
         u = projected.to(self.D.dtype)
         with torch.autocast(x.device.type, enabled=False):
+            system = self._system(x.shape[1])
             if seq_idx is None:
-                y = self._convolve(u, initial, reverse)
+                y = _convolve(system, u, initial, reverse)
             elif reverse:
-                y = self._by_segment(u.flip(1), initial, seq_idx.flip(1)).flip(1)
+                y = _convolve_segments(system, u.flip(1), initial, seq_idx.flip(1)).flip(1)
             else:
-                y = self._by_segment(u, initial, seq_idx)
+                y = _convolve_segments(system, u, initial, seq_idx)
             y = torch.addcmul(y, u, self.D)
-        return self.out_proj(y.to(projected.dtype) * F.silu(z)), u
+        return self.out_proj(y.to(projected.dtype) * F.silu(z)), u, system
 
-    def _by_segment(self, u: Tensor, initial: Tensor | None, seq_idx: Tensor) -> Tensor:
-        def run(group: SegmentGroup) -> Tensor:
-            state = None if initial is None else initial[group.rows] * group.first[:, None, None]
-            return self._convolve(group.take(u), state, False)
-
-        return by_segment(run, seq_idx)
-
-    def _system(self) -> tuple[Tensor, Tensor, Tensor]:
-        """log of the decay a token, drive of an input of one (zero-order hold), and C: (e, n/2) complex128."""
+    def _system(self, length: int) -> _System:
+        """The discrete system (zero-order hold), with the powers of its decay that ``length`` tokens need."""
+        # In float64: a slow mode's decay is one minus little, and its phase grows with the length.
         dt = self.log_dt.double().exp()[:, None]
         A = torch.complex(-self.A_log.double().exp(), self.A_imag.double())
-        # In float64: a slow mode's decay is one minus little, and its phase grows with the length.
-        return dt * A, torch.expm1(dt * A) / A, torch.view_as_complex(self.C.double())
-
-    def _convolve(self, u: Tensor, initial: Tensor | None, reverse: bool) -> Tensor:
-        """The system's response to u (b, l, e), and to the state that enters, without D."""
-        length, dtype = u.shape[1], u.dtype
-        log_decay, drive, C = self._system()
-        kernel = _decaying(C * drive, log_decay, length, dtype)  # (e, l)
-        size = _fft_size(2 * length - 1)
-        spectrum = torch.fft.rfft(kernel, n=size)
-        if reverse:
-            spectrum = spectrum.conj()  # correlates: sums over the tokens that follow
-        y = torch.fft.irfft(torch.fft.rfft(u.transpose(1, 2), n=size) * spectrum, n=size)[..., :length]
-        if initial is not None:
-            entering = _decaying(initial * (C * torch.exp(log_decay)), log_decay, length, dtype)  # (b, e, l)
-            y = y + (entering.flip(-1) if reverse else entering)
-        return y.transpose(1, 2)
-
-    def _final_state(self, u: Tensor, initial: Tensor | None, seq_idx: Tensor | None, reverse: bool) -> Tensor:
-        """(b, e, n/2) complex: the state after the last token of u (b, l, e) in reading order."""
-        if reverse:
-            u, seq_idx = u.flip(1), None if seq_idx is None else seq_idx.flip(1)
-        batch, length, _ = u.shape
-        log_decay, drive, _ = self._system()
-        carried = torch.ones(batch, dtype=torch.bool, device=u.device)
-        if seq_idx is not None:
-            last, carried = last_segment(seq_idx)
-            before = torch.arange(length, device=u.device) < length - last[:, None]
-            u = u.masked_fill(before[..., None], 0)
-        block = _block(length)
-        blocks = -(-length // block)
-        # Zeros in front change nothing: the sum starts there.
-        u = F.pad(u.transpose(1, 2), (blocks * block - length, 0)).unflatten(-1, (blocks, block))  # (b, e, q, t)
-        back = torch.arange(block - 1, -1, -1, device=u.device)
-        within = torch.view_as_real(torch.exp(log_decay[..., None] * back)).to(u.dtype)  # (e, n/2, t, 2)
-        ends = torch.einsum("beqt,entr->beqnr", u, within)  # what each block adds by its end
-        back = block * torch.arange(blocks - 1, -1, -1, device=u.device)
-        across = torch.exp(log_decay[:, None] * back[:, None]).to(ends.dtype.to_complex())  # (e, q, n/2)
-        final = (torch.view_as_complex(ends) * across).sum(2) * drive.to(across.dtype)
-        if initial is not None:
-            final = final + initial * torch.exp(log_decay * length).to(across.dtype) * carried[:, None, None]
-        return final
+        C = torch.view_as_complex(self.C)
+        block = 2 ** math.ceil(math.log2(length) / 2)
+        return _System(
+            log_decay=dt * A,
+            drive=(torch.expm1(dt * A) / A).to(C.dtype),
+            C=C,
+            fine=_powers(dt * A, block).to(C.dtype),
+            coarse=_powers(dt * A * block, -(-length // block)).to(C.dtype),
+        )
 
 
-def _decaying(weight: Tensor, log_decay: Tensor, length: int, dtype: torch.dtype) -> Tensor:
-    """2 Re sum over n of weight (..., e, n) · exp(t · log_decay (e, n)), for t = 0 ... length-1: (..., e, length).
+class _System(NamedTuple):
+    """h_t = exp(log_decay) h_{t-1} + drive u_t, y_t = 2 Re(C h_t), for e channels of n/2 modes.
 
-    t = q·block + r splits the powers in two short tables and their sum in a matrix product: nothing of size n·length.
+    Powers of the decay are kept in two short tables, since t = q·block + r: ``fine`` (e, n/2, block) for r and
+    ``coarse`` (e, n/2, blocks) for q·block. Sums over modes or over time are then matrix products, and nothing of size
+    n·length is ever made.
     """
-    block = _block(length)
-    blocks = -(-length // block)
-    fine = torch.exp(log_decay[..., None] * torch.arange(block, device=weight.device))  # (e, n, t)
-    coarse = torch.exp(log_decay[..., None] * (block * torch.arange(blocks, device=weight.device)))  # (e, n, q)
-    left = weight[..., None] * coarse
-    left = torch.cat([left.real, -left.imag], dim=-2).to(dtype).transpose(-1, -2)  # (..., e, q, 2n)
-    right = torch.cat([fine.real, fine.imag], dim=-2).to(dtype)  # (e, 2n, t)
-    return 2 * (left @ right).flatten(-2)[..., :length]
+
+    log_decay: Tensor
+    drive: Tensor
+    C: Tensor
+    fine: Tensor
+    coarse: Tensor
+
+    def power(self, tokens: int) -> Tensor:
+        """(e, n/2) decay over some tokens."""
+        return torch.exp(self.log_decay * tokens).to(self.C.dtype)
+
+    def response(self, h: Tensor, length: int) -> Tensor:
+        """y of ``length`` tokens, (..., e, length), from the state h (..., e, n/2) at the first, without input."""
+        fine = self.fine[..., :length]
+        left = (self.C * h)[..., None] * self.coarse[..., : -(-length // fine.shape[-1])]
+        left = torch.cat([left.real, -left.imag], dim=-2).transpose(-1, -2)  # (..., e, q, n)
+        right = torch.cat([fine.real, fine.imag], dim=-2)  # (e, n, t)
+        return 2 * (left @ right).flatten(-2)[..., :length]
 
 
-def _block(length: int) -> int:
-    return 2 ** math.ceil(math.log2(length) / 2)
+def _powers(log_decay: Tensor, count: int) -> Tensor:
+    """exp(t · log_decay) for t = 0 ... count-1, (e, n, count): by doubling, since products cost less than exps."""
+    table = torch.ones_like(log_decay)[..., None]
+    while table.shape[-1] < count:
+        table = torch.cat([table, table * torch.exp(log_decay * table.shape[-1])[..., None]], dim=-1)
+    return table[..., :count]
+
+
+def _convolve(system: _System, u: Tensor, initial: Tensor | None, reverse: bool) -> Tensor:
+    """The response to u (b, l, e), and to the state (b, e, n/2) that enters: (b, l, e)."""
+    length = u.shape[1]
+    kernel = system.response(system.drive, length)  # (e, l)
+    size = _fft_size(2 * length - 1)
+    spectrum = torch.fft.rfft(kernel, n=size)
+    if reverse:
+        spectrum = spectrum.conj()  # correlates: sums over the tokens that follow
+    y = torch.fft.irfft(torch.fft.rfft(u.transpose(1, 2), n=size) * spectrum, n=size)[..., :length]
+    if initial is not None:
+        entering = system.response(initial * system.power(1), length)  # (b, e, l)
+        y = y + (entering.flip(-1) if reverse else entering)
+    return y.transpose(1, 2)
+
+
+def _convolve_segments(system: _System, u: Tensor, initial: Tensor | None, seq_idx: Tensor) -> Tensor:
+    """:func:`_convolve` of each segment by itself."""
+
+    def run(group: SegmentGroup) -> Tensor:
+        state = None if initial is None else initial[group.rows] * group.first[:, None, None]
+        return _convolve(system, group.take(u), state, False)
+
+    return by_segment(run, seq_idx)
+
+
+def _final_state(system: _System, u: Tensor, initial: Tensor | None, seq_idx: Tensor | None, reverse: bool) -> Tensor:
+    """(b, e, n/2) complex: the state after the last token of u (b, l, e) in reading order."""
+    if reverse:
+        u, seq_idx = u.flip(1), None if seq_idx is None else seq_idx.flip(1)
+    length = u.shape[1]
+    carried: Tensor | None = None
+    if seq_idx is not None:
+        last, carried = last_segment(seq_idx)
+        before = torch.arange(length, device=u.device) < length - last[:, None]
+        u = u.masked_fill(before[..., None], 0)
+    block, blocks = system.fine.shape[-1], system.coarse.shape[-1]
+    # Zeros in front change nothing: the sum starts there.
+    u = F.pad(u.transpose(1, 2), (blocks * block - length, 0)).unflatten(-1, (blocks, block))  # (b, e, q, t)
+    within = torch.view_as_real(system.fine.flip(-1))  # (e, n/2, t, 2)
+    ends = torch.view_as_complex(torch.einsum("beqt,entr->beqnr", u, within))  # what each block adds by its end
+    final = (ends * system.coarse.flip(-1).transpose(-1, -2)).sum(2) * system.drive
+    if initial is not None:
+        entering = initial * system.power(length)
+        final = final + (entering if carried is None else entering * carried[:, None, None])
+    return final
 
 
 def _fft_size(minimum: int) -> int:
