@@ -56,7 +56,7 @@ class ConvolutionalNetwork(nn.Module):
         self.register_buffer("one_hot", one_hot, persistent=False)
         self.one_hot: Tensor
 
-    def forward(self, tokens: Tensor, lengths: Tensor, max_tokens: int = 2**18) -> Tensor:
+    def forward(self, tokens: Tensor, lengths: Tensor, max_tokens: int = 2**21) -> Tensor:
         """Score windows.
 
         Args:
@@ -94,21 +94,26 @@ class ConvolutionalNetwork(nn.Module):
         return self.head(torch.cat([peak.amax(1), total.sum(1) / count.sum(1)], dim=1))
 
     def _convolve(self, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """(b, channels, l') features and (b, l') whether they belong to real tokens; zero elsewhere."""
+        """(b, channels, l') features, zero beyond the real tokens, and (b,) how many of them are real."""
         x = self.one_hot[tokens.long()].transpose(1, 2)  # (b, 4, l)
+        padded = bool((lengths < tokens.shape[1]).any())
         for i, convolution in enumerate(self.convolutions):
-            real = torch.arange(x.shape[2], device=x.device) < lengths[:, None]
-            x = F.relu(convolution(x)).masked_fill(~real[:, None], 0)
+            x = convolution(x)
+            if padded:
+                beyond = torch.arange(x.shape[2], device=x.device) >= lengths[:, None]
+                x = x.masked_fill(beyond[:, None], -torch.inf)
             if i < 2:
                 x = F.max_pool1d(x, self.pool, ceil_mode=True)
-                x = F.dropout(x, self.dropout, self.training)
                 lengths = -(-lengths // self.pool)
-        return x, real
+            x = F.relu(x)  # after the pooling, which commutes with it and leaves less to do
+            if i < 2:
+                x = F.dropout(x, self.dropout, self.training)
+        return x, lengths
 
     def _pool(self, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Maximum and sum (b, channels) of the features, and of how many positions (b, 1)."""
-        x, real = self._convolve(tokens, lengths)
-        return x.amax(2).float(), x.sum(2, dtype=torch.float32), real.sum(1, keepdim=True).float()
+        x, count = self._convolve(tokens, lengths)
+        return x.amax(2).float(), x.sum(2, dtype=torch.float32), count[:, None].float()
 
 
 class SmallCNN(Baseline):
@@ -141,6 +146,7 @@ class SmallCNN(Baseline):
         super().__init__(n_classes, balance=balance, seed=seed)
         self.reverse_complement, self.epochs, self.batch_size = reverse_complement, epochs, batch_size
         self.learning_rate, self.device = learning_rate, torch.device(device)
+        self.max_tokens = 2**21 if self.device.type == "cuda" else 2**15  # what fits a small GPU, and a CPU's cache
 
     def fit(self, train: Windows, validation: Windows, progress: Progress = lambda share: None) -> Self:
         lengths = train.lengths
@@ -169,11 +175,12 @@ class SmallCNN(Baseline):
                 if self.reverse_complement:
                     turned = torch.rand(len(rows)) < 0.5
                     tokens[turned] = reverse_complement(tokens[turned], lengths[turned])
-                logits = self._logits(tokens, lengths)
-                target, weight = labels[rows].to(self.device), weights[rows].to(self.device)
-                loss = (weight * F.cross_entropy(logits, target, reduction="none")).mean()
                 optimizer.zero_grad()
-                loss.backward()
+                for part in torch.arange(len(rows)).split(max(1, self.max_tokens // tokens.shape[1])):
+                    logits = self._logits(tokens[part], lengths[part])
+                    target, weight = labels[rows[part]].to(self.device), weights[rows[part]].to(self.device)
+                    loss = (weight * F.cross_entropy(logits, target, reduction="none")).sum() / len(rows)
+                    loss.backward()
                 nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
                 optimizer.step()
                 schedule.step()
@@ -205,11 +212,8 @@ class SmallCNN(Baseline):
         return out
 
     def _logits(self, tokens: Tensor, lengths: Tensor) -> Tensor:
-        cuda = self.device.type == "cuda"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=cuda):
-            logits: Tensor = self.network(
-                tokens.to(self.device), lengths.to(self.device), max_tokens=2**22 if cuda else 2**18
-            )
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            logits: Tensor = self.network(tokens.to(self.device), lengths.to(self.device), self.max_tokens)
         return logits.float()
 
     def _batch(self, windows: Windows, rows: NDArray[np.integer]) -> tuple[Tensor, Tensor]:
