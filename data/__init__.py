@@ -7,8 +7,9 @@ from seqssm.data.dna.sampling import DNABatch
 
 if TYPE_CHECKING:
     from seqssm.data.dna.datamodule import DNADataModule
+    from seqssm.data.synthetic import SimulatedGenomes
 
-__all__ = ["DNABatch", "DNADataModule", "alphabet"]
+__all__ = ["DNABatch", "DNADataModule", "SimulatedGenomes", "alphabet"]
 
 
 def __getattr__(name: str) -> object:
@@ -17,4 +18,8 @@ def __getattr__(name: str) -> object:
         from seqssm.data.dna.datamodule import DNADataModule
 
         return DNADataModule
+    if name == "SimulatedGenomes":
+        from seqssm.data.synthetic import SimulatedGenomes
+
+        return SimulatedGenomes
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -35,7 +35,8 @@ class DNADataModule(LightningDataModule):
         fasta: the sequences a BED file refers to.
         labels_table: columns by record name, for a FASTA or BED file.
         label_column, split_column, sequence_column, path_column, record_column: what the columns are called.
-        bed_columns: names of the BED columns after chrom, start and end; `[split]` for Enformer's intervals.
+        bed_columns: names of the BED columns after chrom, start and end; without them, a header line's, else a fourth
+            column of split names is the split (Enformer's intervals) and any other fourth column the label.
         record_pattern: a regular expression searched in record names, whose named groups become columns.
         classes: the classes to use, records of others being left out; None for all. Ids follow the sorted order.
 
@@ -91,7 +92,7 @@ class DNADataModule(LightningDataModule):
         balance: bool = False,
         rc_probability: float = 0.5,
         eval_windows: int | None = None,
-        split_rules: list[dict[str, str]] | None = None,
+        split_rules: list[dict[str, str | int]] | None = None,
         split_positions: dict[str, list[float]] | None = None,
         split_group: str | None = None,
         split_fractions: dict[str, float] | None = None,
@@ -119,7 +120,7 @@ class DNADataModule(LightningDataModule):
             sequence_column=sequence_column,
             path_column=path_column,
             record_column=record_column,
-            bed_columns=tuple(bed_columns or (label_column,)),
+            bed_columns=None if bed_columns is None else tuple(bed_columns),
             record_pattern=record_pattern,
         )
         self.plan = SplitPlan(
@@ -137,7 +138,9 @@ class DNADataModule(LightningDataModule):
         self._loaded: tuple[Library, Regions] | None = None
         self._labels: list[str] | None = None
         self._regions: dict[str, Windows] = {}
+        self._shared: dict[tuple[str, str], np.ndarray] = {}
         self._grids: dict[str, WindowDataset] = {}
+        self._reported = False
 
     @property
     def labels(self) -> list[str]:
@@ -179,10 +182,18 @@ class DNADataModule(LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Divide, window and check the data; before training, print the counts and the leakage report."""
-        if self._grids:
-            return
+        if not self._grids:
+            self._divide()
+        if stage == "fit" and not self._reported:
+            self._reported = True
+            if self.hparams["leakage_report"]:
+                self.add_leakage()
+            assert self.report is not None
+            rank_zero_only(self.report.print)()
+
+    def _divide(self) -> None:
         library, everything = self._load()
-        regions, split = split_regions(everything, self.plan, self.layout.label_column)
+        regions, split = split_regions(library, everything, self.plan, self.layout.label_column)
         left_out: dict[str, int] = {}
         regions, split = self._of_known_classes(regions, split, left_out)
         self._regions = self._by_split(library, regions, split)
@@ -191,27 +202,25 @@ class DNADataModule(LightningDataModule):
         self._drop_shared(library, left_out)
         grids = {name: self._grid(library, name, windows, left_out) for name, windows in self._regions.items()}
         self._check_classes(grids)
-        self._grids = {name: WindowDataset(library, self._capped(name, windows)) for name, windows in grids.items()}
+        self._grids = {name: WindowDataset(library, self._capped(name, grid, left_out)) for name, grid in grids.items()}
         self.train = self._training(library, grids["train"])
         self.val = self._grids.get("val")
         self.test = self._grids.get("test")
-        self.report = self._report(library, grids, left_out, leakage=stage == "fit" and self.hparams["leakage_report"])
-        if stage == "fit":
-            rank_zero_only(self.report.print)()
+        self.report = self._counts(left_out)
 
     def _of_known_classes(
         self, regions: Regions, split: np.ndarray, left_out: dict[str, int]
     ) -> tuple[Regions, np.ndarray]:
         regions, split = regions[split != DROP], split[split != DROP]
-        column = regions.columns.get(self.layout.label_column)
-        if column is None:
+        if self.layout.label_column not in regions.columns:
             self._labels_of_records()
+        column = regions.columns[self.layout.label_column]
         known = set(self.labels)
         if self.hparams["classes"]:
-            keep = np.array([label in known for label in column], bool)
+            keep = np.isin(column.astype(str), sorted(known))
             left_out["records or intervals of other classes"] = int((~keep).sum())
             return regions[keep], split[keep]
-        missing = np.array([label == "" for label in column], bool)
+        missing = column.astype(str) == ""
         if missing.any():
             at = int(np.argmax(missing))
             raise UserError(
@@ -224,18 +233,20 @@ class DNADataModule(LightningDataModule):
     def _by_split(self, library: Library, regions: Regions, split: np.ndarray) -> dict[str, Windows]:
         several_files = len(set(library.files)) > 1 and self.layout.sequence_column not in regions.columns
         default = self.hparams["split_group"] or ("file" if several_files else "record")
-        groups = regions.column(self.hparams["group_column"] or default, "group_column")
-        group_names, group_id = np.unique(groups.astype(str), return_inverse=True)
+        group_column = self.hparams["group_column"] or default
+        record_names = np.array(library.unique_names())
+        groups = record_names[regions.record]
+        if group_column != "record":
+            groups = regions.column(group_column, "group_column").astype(str)
+        group_names, group_id = np.unique(groups, return_inverse=True)
         label_id = {label: i for i, label in enumerate(self.labels)}
-        unique = len(set(library.names)) == len(library.names)
-        names = library.names if unique else [f"{f}:{n}" for f, n in zip(library.files, library.names, strict=True)]
         windows = Windows(
             record_id=regions.record,
             start_bp=regions.start_bp,
             length=regions.end_bp - regions.start_bp,
             label=np.array([label_id[label] for label in regions.columns[self.layout.label_column]], np.int64),
             group_id=group_id.astype(np.int64),
-            record_names=np.array(names),
+            record_names=record_names,
             group_names=group_names,
         )
         return {name: windows[split == name] for name in SPLITS if (split == name).any()}
@@ -287,7 +298,7 @@ class DNADataModule(LightningDataModule):
                     "or lower min_class_windows"
                 )
 
-    def _capped(self, split: str, windows: Windows) -> Windows:
+    def _capped(self, split: str, windows: Windows, left_out: dict[str, int]) -> Windows:
         limit = self.hparams["eval_windows"]
         if split == "train" or limit is None or len(windows) <= limit:
             return windows
@@ -296,7 +307,9 @@ class DNADataModule(LightningDataModule):
             own = np.flatnonzero(windows.label == label)
             count = min(len(own), max(1, limit // len(self.labels)))
             chosen.append(own[np.linspace(0, len(own) - 1, count).round().astype(int)])
-        return windows[np.sort(np.concatenate(chosen))]
+        kept = np.sort(np.concatenate(chosen))
+        left_out[f"{split} windows beyond eval_windows"] = len(windows) - len(kept)
+        return windows[kept]
 
     def _training(self, library: Library, grid: Windows) -> TrainingDataset:
         window_bp = self.hparams["window_bp"]
@@ -317,24 +330,28 @@ class DNADataModule(LightningDataModule):
             max_n_fraction=self.hparams["max_n_fraction"],
         )
 
-    def _report(self, library: Library, grids: dict[str, Windows], left_out: dict[str, int], leakage: bool) -> Report:
-        report = Report(
+    def _counts(self, left_out: dict[str, int]) -> Report:
+        classes = len(self.labels)
+        counts = {split: np.bincount(grid.windows.label, minlength=classes) for split, grid in self._grids.items()}
+        return Report(
             labels=self.labels,
-            counts={
-                split: dict(zip(self.labels, np.bincount(w.label, minlength=len(self.labels)).tolist(), strict=True))
-                for split, w in grids.items()
-            },
+            counts={split: dict(zip(self.labels, row.tolist(), strict=True)) for split, row in counts.items()},
             records={split: len(np.unique(w.record_id)) for split, w in self._regions.items()},
             bases={split: int(w.length.sum()) for split, w in self._regions.items()},
+            windows_per_epoch=len(self.train),
             left_out=left_out,
         )
-        if leakage:
-            train = self._regions["train"]
-            held_out = {split: self._regions[split] for split in ("val", "test") if split in self._regions}
-            report.shared_sequences = {split: int(self._shared[split, "train"].sum()) for split in held_out}
-            report.overlaps = {split: overlapping(grids[split], train) for split in held_out}
-            report.shared_kmers = shared_kmers(library, train, held_out)
-        return report
+
+    def add_leakage(self) -> Report:
+        """Complete `report` with what validation and test share with train; a second or two for 100 Mb."""
+        self.setup()
+        assert self.report is not None
+        library, train = self._load()[0], self._regions["train"]
+        held_out = {split: windows for split, windows in self._regions.items() if split != "train"}
+        self.report.shared_sequences = {split: int(self._shared[split, "train"].sum()) for split in held_out}
+        self.report.overlaps = {split: overlapping(self._grids[split].windows, train) for split in held_out}
+        self.report.shared_kmers = shared_kmers(library, train, held_out)
+        return self.report
 
     def grid(self, split: str) -> WindowDataset:
         """The grid windows of a split in file order; `grid("train")` is what a baseline is fitted on."""
@@ -348,7 +365,7 @@ class DNADataModule(LightningDataModule):
         rank, ranks = self._rank()
         sampler = EpochSampler(self.train, self.hparams["batch_size"], ranks, rank)
         if self.trainer is not None:
-            sampler.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)
+            sampler.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
         return ResumableLoader(
             self.train, batch_size=self.hparams["batch_size"], sampler=sampler, **self._loader_arguments()
         )

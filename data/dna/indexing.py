@@ -10,6 +10,7 @@ import hashlib
 import io
 import os
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,7 @@ from seqssm.data.progress import progress_bar
 from seqssm.errors import UserError
 
 MAGIC = b"seqssm-dna-1\0\0\0\0"
+STALE_SECONDS = 24 * 3600
 _IS_N = ENCODE >= N
 
 
@@ -58,12 +60,12 @@ class Sequences:
 
     @classmethod
     def from_index(cls, path: Path) -> "Sequences":
-        """Open an index file; the bases stay on disk."""
+        """Open an index file; the bases stay on disk. Raises ValueError when the file is incomplete."""
         with open(path, "rb") as file:
-            file.seek(-8 - len(MAGIC), os.SEEK_END)
+            file.seek(max(os.path.getsize(path) - 8 - len(MAGIC), 0))
             trailer = file.read()
             if trailer[8:] != MAGIC:
-                raise UserError(f"{path} is not a sequence index: delete it")
+                raise ValueError(f"{path} is not a complete index")
             file.seek(int.from_bytes(trailer[:8], "little"))
             return cls(path, _Tables.load(file.read()[: -len(trailer)]))
 
@@ -72,14 +74,23 @@ class Sequences:
 
     def letters(self, record: int, start_bp: int, end_bp: int) -> np.ndarray:
         """Letters (end_bp - start_bp,) uint8 as in the file, case preserved; a view."""
-        if self._map is None:
-            self._map = np.memmap(self._letters, np.uint8, "r", shape=(int(self.offsets[-1]),))
         offset = int(self.offsets[record])
-        return self._map[offset + start_bp : offset + end_bp]
+        return self._all_letters()[offset + start_bp : offset + end_bp]
+
+    def _all_letters(self) -> np.ndarray:
+        if self._map is None:  # opened where it is used: a memory map would travel to a worker as a copy
+            assert isinstance(self._letters, Path)
+            self._map = np.memmap(self._letters, np.uint8, "r", shape=(int(self.offsets[-1]),))
+        return self._map
 
     def tokens(self, record: int, start_bp: int, end_bp: int) -> np.ndarray:
         """Tokens (end_bp - start_bp,) uint8."""
         return ENCODE[self.letters(record, start_bp, end_bp)]
+
+    def token_rows(self, record: np.ndarray, start_bp: np.ndarray, length: int) -> np.ndarray:
+        """Tokens (w,length) uint8 of stretches of equal length."""
+        begin = self.offsets[record] + start_bp
+        return ENCODE[self._all_letters()[begin[:, None] + np.arange(length)]]
 
     def n_count(self, record: np.ndarray, start_bp: np.ndarray, end_bp: np.ndarray) -> np.ndarray:
         """How many bases of each interval are N (or another ambiguous letter): (w,) int64."""
@@ -146,9 +157,11 @@ def open_sequences(path: Path, index_dir: Path | None = None) -> Sequences:
     """
     folder = default_index_dir() if index_dir is None else Path(index_dir)
     index = folder / f"{checksum(path)}.index"
-    if not index.exists():
+    try:
+        return Sequences.from_index(index)
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # the last after a power cut
         _build(path, index)
-    return Sequences.from_index(index)
+        return Sequences.from_index(index)
 
 
 def checksum(path: Path) -> str:
@@ -182,6 +195,9 @@ def _new_file(path: Path) -> Iterator[BinaryIO]:
     temporary = ""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        for stale in path.parent.glob(".*.tmp"):  # left by a killed process
+            if time.time() - stale.stat().st_mtime > STALE_SECONDS:
+                stale.unlink(missing_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=".tmp")
         with os.fdopen(handle, "wb") as file:
             yield file

@@ -5,7 +5,7 @@ import gzip
 import io
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from seqssm.errors import UserError
 
 BLOCK_BYTES = 1 << 23
 LONGEST_HEADER_BYTES = 1 << 20
+BED_FOURTH = "column 4"
 SPACE = b" \t\r\n\v\f"
 FASTA_SUFFIXES = (".fa", ".fasta", ".fna", ".ffn", ".fas", ".fsa")
 TABLE_SUFFIXES = (".csv", ".tsv")
@@ -275,10 +276,11 @@ class Interval(NamedTuple):
     line: int
 
 
-def read_bed(path: Path, names: list[str]) -> list[Interval]:
+def read_bed(path: Path, names: Sequence[str] | None) -> list[Interval]:
     """Read a BED file; `names` names the columns after chrom, start and end (all of them or the first few).
 
-    A header line that starts with `chrom` or `#chrom` names them itself. Raises UserError at a malformed line.
+    A header line that starts with `chrom` or `#chrom` names them itself; with neither, the fourth column, where there
+    is one, is called `BED_FOURTH`. Raises UserError at a malformed line.
     """
     intervals = []
     with open_bytes(path) as stream:
@@ -287,7 +289,7 @@ def read_bed(path: Path, names: list[str]) -> list[Interval]:
             if not cells or not cells[0]:
                 continue
             if cells[0].lower() in ("chrom", "#chrom"):
-                names = cells[3:]
+                names = cells[3:] if names is None else names
                 continue
             if cells[0].startswith("#") or cells[0] in ("track", "browser"):
                 continue
@@ -297,12 +299,13 @@ def read_bed(path: Path, names: list[str]) -> list[Interval]:
                 raise UserError(f"{path} line {number} is not BED: it needs chrom, start and end") from error
             if not 0 <= start_bp < end_bp:
                 raise UserError(f"{path} line {number}: start {start_bp} and end {end_bp} are not an interval")
-            if len(cells) - 3 < len(names):
+            if len(cells) - 3 < len(names or ()):
                 raise UserError(
-                    f"{path} line {number} has {len(cells)} columns where chrom, start, end, {', '.join(names)} "
-                    "are expected: set bed_columns"
+                    f"{path} line {number} has {len(cells)} columns where chrom, start, end, "
+                    f"{', '.join(names or ())} are expected: set bed_columns"
                 )
-            intervals.append(Interval(cells[0], start_bp, end_bp, dict(zip(names, cells[3:], strict=False)), number))
+            columns = dict(zip([BED_FOURTH] if names is None else names, cells[3:], strict=False))
+            intervals.append(Interval(cells[0], start_bp, end_bp, columns, number))
     if not intervals:
         raise UserError(f"{path} has no intervals")
     return intervals

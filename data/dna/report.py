@@ -1,6 +1,5 @@
 """What a split holds and what leaks between its parts: counts a class, shared sequences, overlaps, shared 31-mers."""
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -12,19 +11,38 @@ from seqssm.data.dna.sampling import Windows
 from seqssm.data.dna.sources import SPLITS, Library
 
 KMER_BP = 31
-PREFIX_BP = 12
-SAMPLED_SHARE = 1 / 64  # of all k-mers, chosen by a hash of their first bases
+PREFIX_BP = 8
+SAMPLED_SHARE = 1 / 64  # of all k-mers, by their first bases
 SCANNED_BP = 1 << 28  # a split longer than this is scanned at evenly spaced places
 BLOCK_BP = 1 << 16
-HASH_FACTOR = np.uint32(0x9E3779B1)  # the golden ratio: Knuth's multiplicative hashing
 
 
-def sequence_key(library: Library, record: int, start_bp: int, end_bp: int) -> bytes:
-    """A digest that two stretches share when they are equal or each other's reverse complement."""
-    tokens = library.tokens(record, start_bp, end_bp)
-    forward = hashlib.blake2b(tokens, digest_size=16).digest()
-    backward = hashlib.blake2b(np.ascontiguousarray(COMPLEMENT[tokens[::-1]]), digest_size=16).digest()
-    return min(forward, backward)
+def sequence_keys(library: Library, regions: Windows, wanted: np.ndarray) -> np.ndarray:
+    """64-bit keys (r,) that two regions share when they are equal or each other's reverse complement (and otherwise
+    with probability 2^-62, multilinear hashing); 0 where `wanted` (r,) bool says that nobody will ask."""
+    keys = np.zeros(len(regions), np.uint64)
+    for length in np.unique(regions.length[wanted]).tolist():
+        rows = np.flatnonzero(wanted & (regions.length == length))
+        at_once = max(1, BLOCK_BP * 16 // length)
+        for first in range(0, len(rows), at_once):
+            some = rows[first : first + at_once]
+            forward, backward = np.zeros(len(some), np.uint64), np.zeros(len(some), np.uint64)
+            for at in range(0, length, BLOCK_BP * 16):
+                size = min(BLOCK_BP * 16, length - at)
+                tokens = library.token_rows(regions.record_id[some], regions.start_bp[some] + at, size)  # (s,size)
+                position = np.arange(at, at + size, dtype=np.uint64)
+                forward += tokens.astype(np.uint64) @ _multiplier(position)
+                backward += COMPLEMENT[tokens].astype(np.uint64) @ _multiplier(np.uint64(length - 1) - position)
+            keys[some] = np.minimum(forward, backward)
+    return keys
+
+
+def _multiplier(position: np.ndarray) -> np.ndarray:
+    """A random odd number for each position: the finaliser of SplitMix64 (Steele et al., OOPSLA 2014)."""
+    x = (position + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return (x ^ (x >> np.uint64(31))) | np.uint64(1)
 
 
 def shared_sequences(library: Library, regions: dict[str, Windows]) -> dict[tuple[str, str], np.ndarray]:
@@ -32,18 +50,14 @@ def shared_sequences(library: Library, regions: dict[str, Windows]) -> dict[tupl
 
     Only regions with a partner of equal length elsewhere are read, so that chromosomes cost nothing.
     """
-    lengths = {name: set(windows.length.tolist()) for name, windows in regions.items()}
-    keys: dict[str, list[bytes | None]] = {}
+    wanted, keys = {}, {}
     for name, windows in regions.items():
-        elsewhere = set().union(*(other for split, other in lengths.items() if split != name))
-        keys[name] = [
-            sequence_key(library, record, start, start + length) if length in elsewhere else None
-            for record, start, length in zip(
-                windows.record_id.tolist(), windows.start_bp.tolist(), windows.length.tolist(), strict=True
-            )
-        ]
-    known = {name: set(values) - {None} for name, values in keys.items()}
-    return {(a, b): np.array([key in known[b] for key in keys[a]], bool) for a in regions for b in regions if a != b}
+        elsewhere = [other.length for split, other in regions.items() if split != name]
+        n_count = library.n_count(windows.record_id, windows.start_bp, windows.end_bp)
+        partner = np.isin(windows.length, np.concatenate(elsewhere)) if elsewhere else np.zeros(len(windows), bool)
+        wanted[name] = partner & (n_count < windows.length)  # N alone is no sequence to share
+        keys[name] = sequence_keys(library, windows, wanted[name])
+    return {(a, b): wanted[a] & np.isin(keys[a], keys[b][wanted[b]]) for a in regions for b in regions if a != b}
 
 
 def overlapping(windows: Windows, regions: Windows) -> int:
@@ -83,20 +97,32 @@ def _blocks(library: Library, regions: Windows) -> Iterator[np.ndarray]:
         yield np.concatenate(joined)
 
 
-def _sampled_kmers(tokens: np.ndarray) -> np.ndarray:
-    """Codes (uint64) of the k-mers without N whose prefix hashes into the sample."""
+def _sample_of_prefixes() -> tuple[np.ndarray, np.ndarray]:
+    """Which 8-mers (65536,) begin a sampled k-mer, and which end one on the other strand."""
+    chosen = np.random.default_rng(0).random(4**PREFIX_BP) < SAMPLED_SHARE
+    code = np.arange(4**PREFIX_BP)
+    turned = np.zeros_like(code)
+    for position in range(PREFIX_BP):
+        turned = (turned << 2) | (3 - ((code >> (2 * position)) & 3))
+    return chosen, chosen[turned]
+
+
+_BEGINS, _ENDS_TURNED = _sample_of_prefixes()
+
+
+def sampled_kmers(tokens: np.ndarray, both_strands: bool) -> np.ndarray:
+    """Codes (uint64) of the k-mers without N whose prefix is in the sample, on the given strand or on both."""
     if len(tokens) < KMER_BP:
         return np.zeros(0, np.uint64)
-    code = (tokens & 3).astype(np.uint32)
-    for shift in (1, 2, 4):  # prefixes of 2, 4 and 8 bases
-        code = (code[:-shift] << np.uint32(2 * shift)) | code[shift:]
-    fours = (tokens & 3).astype(np.uint32)
-    for shift in (1, 2):
-        fours = (fours[:-shift] << np.uint32(2 * shift)) | fours[shift:]
+    code = (tokens & 3).astype(np.uint16)
+    for bases in (1, 2, 4):  # codes of 2, 4, then 8 bases
+        code = (code[:-bases] << np.uint16(2 * bases)) | code[bases:]
     count = len(tokens) - KMER_BP + 1
-    prefix = (code[:count] << np.uint32(8)) | fours[8 : 8 + count]
-    start = np.flatnonzero(prefix * HASH_FACTOR < np.uint32(SAMPLED_SHARE * 2**32))
-    kmers = tokens[start[:, None] + np.arange(KMER_BP)]  # (s,k)
+    offset = np.arange(KMER_BP)
+    kmers = tokens[np.flatnonzero(_BEGINS[code[:count]])[:, None] + offset]  # (s,k)
+    if both_strands:
+        begins = np.flatnonzero(_ENDS_TURNED[code[KMER_BP - PREFIX_BP :]])
+        kmers = np.concatenate([kmers, COMPLEMENT[tokens[begins[:, None] + offset[::-1]]]])
     kmers = kmers[(kmers < N).all(1)].astype(np.uint64)
     packed = np.zeros(len(kmers), np.uint64)
     for position in range(KMER_BP):
@@ -107,20 +133,20 @@ def _sampled_kmers(tokens: np.ndarray) -> np.ndarray:
 def shared_kmers(library: Library, train: Windows, held_out: dict[str, Windows]) -> dict[str, float]:
     """For each held-out split: the share of its distinct 31-mers that stand in train on either strand.
 
-    An estimate from one k-mer in 64, the same ones everywhere (chosen by hash, as in FracMinHash, Irber et al. 2022).
+    An estimate from the k-mers that begin with one of 1/64 of all 8-mers, the same everywhere. A split of more than
+    256 Mb is scanned at evenly spaced places, which makes the estimate a lower bound.
     """
     wanted = {
-        name: np.unique(np.concatenate([np.zeros(0, np.uint64), *map(_sampled_kmers, _blocks(library, windows))]))
+        name: np.unique(np.concatenate([sampled_kmers(tokens, False) for tokens in _blocks(library, windows)]))
         for name, windows in held_out.items()
     }
-    union = np.unique(np.concatenate([np.zeros(0, np.uint64), *wanted.values()]))
+    union = np.unique(np.concatenate(list(wanted.values())))
     found = np.zeros(len(union), bool)
     if len(union):
         for tokens in _blocks(library, train):
-            for strand in (tokens, COMPLEMENT[tokens[::-1]]):
-                kmers = _sampled_kmers(strand)
-                at = np.minimum(np.searchsorted(union, kmers), len(union) - 1)
-                found[at[union[at] == kmers]] = True
+            kmers = sampled_kmers(tokens, True)
+            at = np.minimum(np.searchsorted(union, kmers), len(union) - 1)
+            found[at[union[at] == kmers]] = True
     return {
         name: float(found[np.searchsorted(union, kmers)].mean()) if len(kmers) else float("nan")
         for name, kmers in wanted.items()
@@ -131,7 +157,8 @@ def shared_kmers(library: Library, train: Windows, held_out: dict[str, Windows])
 class Report:
     """Counts and leakage, plain data.
 
-    counts: windows by class and split. records: records by split. left_out: windows or regions not used, by reason.
+    counts: grid windows by class and split. records, bases: by split. windows_per_epoch: drawn in training.
+    left_out: windows or regions not used, by reason.
     shared_sequences: held-out regions that equal a train region (after dropping). overlaps: held-out windows that
     share a position with a train region. shared_kmers: share of held-out 31-mers found in train, or None.
     """
@@ -140,6 +167,7 @@ class Report:
     counts: dict[str, dict[str, int]]
     records: dict[str, int]
     bases: dict[str, int]
+    windows_per_epoch: int
     left_out: dict[str, int] = field(default_factory=dict)
     shared_sequences: dict[str, int] = field(default_factory=dict)
     overlaps: dict[str, int] = field(default_factory=dict)
@@ -167,6 +195,7 @@ class Report:
         table.add_row("bases", *(f"{self.bases[split]:,}" for split in splits))
         console = Console()
         console.print(table)
+        console.print(f"an epoch draws {self.windows_per_epoch:,} train windows")
         held_out = [split for split in splits if split in self.overlaps]
         if held_out:
             leaks = Table(title="leakage into train", title_justify="left")

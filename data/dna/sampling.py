@@ -1,7 +1,7 @@
 """Windows over regions: a fixed grid, or seeded random draws that depend on (seed, epoch, index) alone."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -45,8 +45,8 @@ class Windows:
 
     def __getitem__(self, which: np.ndarray) -> "Windows":
         """The chosen windows, by index array, mask or slice."""
-        arrays = (self.record_id, self.start_bp, self.length, self.label, self.group_id)
-        return Windows(*(values[which] for values in arrays), self.record_names, self.group_names)
+        arrays = ("record_id", "start_bp", "length", "label", "group_id")
+        return replace(self, **{name: getattr(self, name)[which] for name in arrays})
 
     @property
     def end_bp(self) -> np.ndarray:
@@ -77,11 +77,7 @@ def grid_windows(regions: Windows, window_bp: int | None, stride_bp: int | None,
     which = np.repeat(np.arange(len(regions)), count)
     step = np.arange(len(which)) - np.repeat(np.cumsum(count) - count, count)
     grid = regions[which]
-    start_bp = grid.start_bp + step * stride_bp
-    length = np.minimum(grid.length, window_bp)
-    return Windows(
-        grid.record_id, start_bp, length, grid.label, grid.group_id, regions.record_names, regions.group_names
-    )
+    return replace(grid, start_bp=grid.start_bp + step * stride_bp, length=np.minimum(grid.length, window_bp))
 
 
 def within_n_cap(windows: Windows, library: Library, max_n_fraction: float) -> np.ndarray:
@@ -223,18 +219,9 @@ class TrainingDataset(Dataset[Sample]):
         )
 
     def _at(self, region: np.ndarray, offset: np.ndarray) -> Windows:
-        drawn = self.candidates[region]
         assert self.window_bp is not None
-        length = np.minimum(drawn.length, self.window_bp)
-        return Windows(
-            drawn.record_id,
-            drawn.start_bp + offset,
-            length,
-            drawn.label,
-            drawn.group_id,
-            drawn.record_names,
-            drawn.group_names,
-        )
+        drawn = self.candidates[region]
+        return replace(drawn, start_bp=drawn.start_bp + offset, length=np.minimum(drawn.length, self.window_bp))
 
 
 def collate(samples: Sequence[Sample]) -> DNABatch:

@@ -1,5 +1,7 @@
 """What users have, whatever its layout, as one table of regions: record, start, end, and named text columns.
 
+Besides those of the tables there are always the columns `record` (the record's name) and `file`.
+
 Layouts (`Layout.path`):
 - a table (CSV, TSV) with a `sequence` column: each row is a record;
 - a table with a `path` column (relative to the table): each row is a sequence file, its other columns hold for all
@@ -20,10 +22,12 @@ import numpy as np
 
 from seqssm.data.dna.indexing import Sequences, open_sequences
 from seqssm.data.dna.reading import (
+    BED_FOURTH,
     BIOPYTHON_FORMATS,
     FASTA_SUFFIXES,
     TABLE_SUFFIXES,
     TEXT_SUFFIXES,
+    Interval,
     Table,
     check_letters,
     read_bed,
@@ -64,7 +68,7 @@ class Layout:
     sequence_column: str = "sequence"
     path_column: str = "path"
     record_column: str = "record"
-    bed_columns: tuple[str, ...] = ("label",)
+    bed_columns: tuple[str, ...] | None = None
     record_pattern: str | None = None
 
 
@@ -94,6 +98,12 @@ class Library:
     def lengths(self) -> np.ndarray:
         return np.concatenate([store.lengths for store in self.stores])
 
+    def unique_names(self) -> list[str]:
+        """Record names, prefixed by their file's where two files have records of one name."""
+        if len(set(self.names)) == len(self.names):
+            return self.names
+        return [f"{file}:{name}" for file, name in zip(self.files, self.names, strict=True)]
+
     def _locate(self, record: int) -> tuple[Sequences, int]:
         at = int(np.searchsorted(self._first, record, side="right")) - 1
         return self.stores[at], record - self._first[at]
@@ -102,6 +112,15 @@ class Library:
         """Tokens (end_bp - start_bp,) uint8 of a stretch of a record."""
         store, local = self._locate(record)
         return store.tokens(local, start_bp, end_bp)
+
+    def token_rows(self, record: np.ndarray, start_bp: np.ndarray, length: int) -> np.ndarray:
+        """Tokens (w,length) uint8 of stretches of equal length."""
+        rows = np.empty((len(record), length), np.uint8)
+        owner = np.searchsorted(self._first, record, side="right") - 1
+        for at in np.unique(owner):
+            mine = owner == at
+            rows[mine] = self.stores[at].token_rows(record[mine] - self._first[at], start_bp[mine], length)
+        return rows
 
     def n_count(self, record: np.ndarray, start_bp: np.ndarray, end_bp: np.ndarray) -> np.ndarray:
         """Ambiguous bases in each interval, (w,) int64."""
@@ -148,7 +167,7 @@ class Listing:
     files: list[tuple[Path, Columns]] = field(default_factory=list)  # sequence files
     tables: list[tuple[Table, Columns]] = field(default_factory=list)  # tables of sequences
     rows: dict[str, Columns] | None = None  # by record name, from labels_table
-    intervals: list[tuple[str, int, int, Columns, int]] | None = None  # from BED
+    intervals: list[Interval] | None = None  # from BED
 
     def label_values(self) -> set[str] | None:
         """Every label that the tables name, or None where only the records' names hold them."""
@@ -159,14 +178,15 @@ class Listing:
         for columns in (self.rows or {}).values():
             found |= {columns[key]} if key in columns else set()
         for interval in self.intervals or ():
-            found |= {interval[3][key]} if key in interval[3] else set()
+            found |= {interval.columns[key]} if key in interval.columns else set()
         return found - {""} or None
 
     def load(self, index_dir: Path | None) -> tuple[Library, Regions]:
         """Index or read every source; returns its records and their regions."""
         library = Library()
+        base = self.layout.path if self.layout.path.is_dir() else self.layout.path.parent
         file_columns: list[Columns] = []  # for each record
-        self._load_files(library, file_columns, index_dir)
+        self._load_files(library, file_columns, base, index_dir)
         for table, columns in self.tables:
             names, sequences = _table_records(table, self.layout)
             library.add(Sequences.from_records(zip(names, sequences, strict=True)), [table.path.name] * len(names))
@@ -180,7 +200,7 @@ class Listing:
             return library, _regions(library, np.arange(count), np.zeros(count), library.lengths, record_columns)
         return library, self._interval_regions(library, record_columns)
 
-    def _load_files(self, library: Library, file_columns: list[Columns], index_dir: Path | None) -> None:
+    def _load_files(self, library: Library, file_columns: list[Columns], base: Path, index_dir: Path | None) -> None:
         texts: list[tuple[Path, Columns]] = []
         with progress_bar("opening sequence files", len(self.files)) as advance:
             for path, columns in self.files:
@@ -188,7 +208,7 @@ class Listing:
                     texts.append((path, columns))
                 else:
                     store = open_sequences(path, index_dir)
-                    library.add(store, [path.name] * len(store.names))
+                    library.add(store, [_relative(path, base)] * len(store.names))
                     file_columns += [columns] * len(store.names)
                 advance(1)
         if texts:
@@ -196,10 +216,10 @@ class Listing:
 
                 def records() -> Iterator[tuple[str, bytes]]:
                     for path, _ in texts:
-                        yield path.name, read_text_sequence(path)
+                        yield _relative(path, base), read_text_sequence(path)
                         advance(1)
 
-                library.add(Sequences.from_records(records()), [path.name for path, _ in texts])
+                library.add(Sequences.from_records(records()), [_relative(path, base) for path, _ in texts])
             file_columns += [columns for _, columns in texts]
 
     def _with_rows(self, library: Library, file_columns: list[Columns]) -> list[Columns]:
@@ -221,7 +241,7 @@ class Listing:
         assert self.intervals is not None
         number = {name: i for i, name in enumerate(library.names)}
         records, columns = [], []
-        for name, _start, end_bp, own, line in self.intervals:
+        for name, _, end_bp, own, line in self.intervals:
             if name not in number:
                 raise UserError(f"{self.layout.path} line {line}: {name!r} is no record of {self.layout.fasta}")
             record = number[name]
@@ -232,8 +252,12 @@ class Listing:
                 )
             records.append(record)
             columns.append({**record_columns[record], **own})
-        starts, ends = np.array([(i[1], i[2]) for i in self.intervals], np.int64).T
+        starts, ends = np.array([(i.start_bp, i.end_bp) for i in self.intervals], np.int64).T
         return _regions(library, np.array(records), starts, ends, columns)
+
+
+def _relative(path: Path, base: Path) -> str:
+    return str(path.relative_to(base)) if path.is_relative_to(base) else str(path)
 
 
 def list_sources(layout: Layout) -> Listing:
@@ -247,7 +271,9 @@ def list_sources(layout: Layout) -> Listing:
     elif suffix_of(path) == ".bed":
         if layout.fasta is None:
             raise UserError(f"{path} is a BED file: set fasta to the sequences it refers to")
-        listing.intervals = [tuple(i) for i in read_bed(path, list(layout.bed_columns))]  # type: ignore[misc]
+        listing.intervals = read_bed(path, layout.bed_columns)
+        if layout.bed_columns is None:
+            _name_fourth_column(listing.intervals, layout)
         listing.files.append((layout.fasta, {}))
     else:
         _list_file(listing, path, {})
@@ -259,6 +285,15 @@ def list_sources(layout: Layout) -> Listing:
                 raise UserError(f"{table.path} names the record {name!r} twice")
             listing.rows[name] = row
     return listing
+
+
+def _name_fourth_column(intervals: list[Interval], layout: Layout) -> None:
+    """Without names for them, a fourth column of split names is the split (Enformer's intervals), any other a label."""
+    values = {interval.columns.get(BED_FOURTH, "") for interval in intervals}
+    name = layout.split_column if all(value.lower() in SPLIT_NAMES for value in values) else layout.label_column
+    for interval in intervals:
+        if BED_FOURTH in interval.columns:
+            interval.columns[name] = interval.columns.pop(BED_FOURTH)
 
 
 def _list_file(listing: Listing, path: Path, columns: Columns) -> None:
@@ -351,8 +386,8 @@ def _add_pattern_columns(library: Library, record_columns: list[Columns], patter
 def _regions(
     library: Library, record: np.ndarray, start_bp: np.ndarray, end_bp: np.ndarray, columns: list[Columns]
 ) -> Regions:
-    names = {"record": [library.names[r] for r in record], "file": [library.files[r] for r in record]}
-    for name in sorted({name for row in columns for name in row}):
-        names[name] = [row.get(name, "") for row in columns]
-    arrays = {name: np.array(values, dtype=object) for name, values in names.items()}
+    named = {name: [row.get(name, "") for row in columns] for name in {name for row in columns for name in row}}
+    named["record"] = [library.names[r] for r in record]
+    named["file"] = [library.files[r] for r in record]
+    arrays = {name: np.array(values, dtype=object) for name, values in named.items()}
     return Regions(record.astype(np.int64), start_bp.astype(np.int64), end_bp.astype(np.int64), arrays)

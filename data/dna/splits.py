@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from seqssm.data.dna.sources import SPLITS, Regions, split_name
+from seqssm.data.dna.sources import SPLITS, Library, Regions, split_name
 from seqssm.errors import UserError
 
 DROP = "drop"
@@ -21,11 +21,11 @@ class SplitPlan:
     rules: ordered `{split: NAME, COLUMN: REGEX, ...}`; the first whose expressions all match whole values decides.
     positions: `{split: [from, to]}` in fractions of each record; `guard_bp` is kept clear between two splits.
     group: the column whose values stay together, divided at random by `fractions`, class by class.
-    val_fraction: held out of train, by group (or record), where a column or rules leave no validation split.
+    val_fraction: held out of train, by record, where a column or rules leave no validation split.
     """
 
     column: str = "split"
-    rules: list[dict[str, str]] | None = None
+    rules: list[dict[str, str | int]] | None = None
     positions: dict[str, list[float]] | None = None
     group: str | None = None
     fractions: dict[str, float] = field(default_factory=lambda: {"train": 0.8, "val": 0.1, "test": 0.1})
@@ -34,25 +34,26 @@ class SplitPlan:
     seed: int = 0
 
 
-def split_regions(regions: Regions, plan: SplitPlan, label_column: str) -> tuple[Regions, np.ndarray]:
+def split_regions(library: Library, regions: Regions, plan: SplitPlan, label_column: str) -> tuple[Regions, np.ndarray]:
     """The regions, cut where the plan cuts by position, and each one's split (r,) of `train`, `val`, `test`, `drop`."""
     given = [n for n in ("rules", "positions", "group") if getattr(plan, n) is not None]
     if len(given) > 1:
         raise UserError(f"split_{given[0]} and split_{given[1]} are both set: keep one")
     if plan.positions is not None:
         return _by_position(regions, plan)
+    records = np.array(library.unique_names(), dtype=object)[regions.record]
     labels = regions.columns.get(label_column, np.full(len(regions), "", object))
     if plan.rules is not None:
         split = _by_rule(regions, plan.rules)
     elif plan.group is None and plan.column in regions.columns:
         split = _by_column(regions, plan.column)
     else:
-        groups = regions.column(plan.group or "record", "split_group")
+        groups = regions.column(plan.group, "split_group") if plan.group not in (None, "record") else records
         return regions, _by_group(groups, labels, _fractions(plan.fractions), plan.seed)
     if plan.val_fraction and not (split == "val").any():
         train = split == "train"
         shares = {"train": 1 - plan.val_fraction, "val": plan.val_fraction}
-        split[train] = _by_group(regions.columns["record"][train], labels[train], shares, plan.seed)
+        split[train] = _by_group(records[train], labels[train], shares, plan.seed)
     return regions, split
 
 
@@ -61,7 +62,7 @@ def _by_column(regions: Regions, column: str) -> np.ndarray:
     return np.array([names[value] for value in regions.columns[column]], dtype=object)
 
 
-def _by_rule(regions: Regions, rules: list[dict[str, str]]) -> np.ndarray:
+def _by_rule(regions: Regions, rules: list[dict[str, str | int]]) -> np.ndarray:
     split = np.full(len(regions), "", dtype=object)
     for number, rule in enumerate(rules, start=1):
         where = f"split_rules entry {number}"
@@ -134,10 +135,9 @@ def _by_position(regions: Regions, plan: SplitPlan) -> tuple[Regions, np.ndarray
     assert plan.positions is not None
     spans: list[tuple[float, float, str]] = []
     for name, span in plan.positions.items():
-        split = split_name(name, "split_positions")
         if len(span) != 2 or not 0 <= span[0] < span[1] <= 1:
             raise UserError(f"split_positions.{name} is {span}: give [from, to] with 0 <= from < to <= 1")
-        spans.append((float(span[0]), float(span[1]), split))
+        spans.append((float(span[0]), float(span[1]), split_name(name, "split_positions")))
     spans.sort()
     for before, after in itertools.pairwise(spans):
         if after[0] < before[1]:
