@@ -238,3 +238,14 @@ def test_windows_are_read_from_a_data_set_and_checked():
         Windows(windows.sequences, windows.labels[:1])
     with pytest.raises(ValueError, match="two classes"):
         run_baselines([Majority(2)], windows[np.array([0])], windows, windows)
+
+
+@pytest.mark.gpu
+def test_network_learns_on_a_gpu():
+    train, validation, test = (motif_windows(n, seed, turn=True) for seed, n in enumerate((400, 64, 100)))
+    network = SmallCNN(2, epochs=3, device="cuda").fit(train, validation)
+    assert accuracy(network, test) > 0.9
+    settings = network.settings
+    assert settings["validation_log_loss"] == pytest.approx(
+        network.log_loss(network.predict_proba(validation), validation.labels), rel=1e-3
+    )
