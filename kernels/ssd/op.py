@@ -146,8 +146,7 @@ def _check_arguments(
     return dispatch.directions(reverse, g)
 
 
-@torch.library.custom_op("seqssm::ssd", mutates_args=())
-def _forward(
+def _forward_kernel(
     x: Tensor,
     dt: Tensor,
     A: Tensor,
@@ -170,8 +169,7 @@ def _forward(
     )
 
 
-@_forward.register_fake
-def _(
+def _forward_fake(
     x: Tensor,
     dt: Tensor,
     A: Tensor,
@@ -196,8 +194,7 @@ def _(
     return x.new_empty(x.shape), final_state, states
 
 
-@torch.library.custom_op("seqssm::ssd_backward", mutates_args=())
-def _backward(
+def _backward_kernel(
     dy: Tensor,
     dfinal_state: Tensor,
     states: Tensor,
@@ -222,12 +219,12 @@ def _backward(
     inputs = (x, dt, A, B, C, D, z, dt_bias, initial_state)
     # A custom operator returns tensors only: an absent input's gradient is an empty one.
     return tuple(
-        x.new_empty(0) if v is None else gradient.to(v.dtype) for v, gradient in zip(inputs, gradients, strict=True)
+        x.new_empty(0) if v is None else gradient.to(v.dtype).contiguous()
+        for v, gradient in zip(inputs, gradients, strict=True)
     )
 
 
-@_backward.register_fake
-def _(
+def _backward_fake(
     dy: Tensor,
     dfinal_state: Tensor,
     states: Tensor,
@@ -274,7 +271,10 @@ def _autograd(ctx, dy, dfinal_state, _):  # type: ignore[no-untyped-def]
     return dx, ddt, dA, dB, dC, dD, dz, ddt_bias, None, dinitial_state, None, None, None, None, None
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+_forward = dispatch.define_operator("ssd", _forward_kernel, _forward_fake)
+_backward = dispatch.define_operator("ssd_backward", _backward_kernel, _backward_fake)
+torch.library.register_autograd("seqssm::ssd", _autograd, setup_context=_setup_context)
+torch.library.register_autograd("seqssm::ssd_backward", dispatch.refuse_second_derivative)
 
 
 def _torch_step(
@@ -309,8 +309,7 @@ def _torch_step(
     return y.to(x.dtype)
 
 
-@torch.library.custom_op("seqssm::ssd_step", mutates_args=("state",))
-def _triton_step(
+def _step_kernel(
     state: Tensor,
     x: Tensor,
     dt: Tensor,
@@ -325,8 +324,7 @@ def _triton_step(
     return dispatch.load_backend("ssd", "triton").step(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
 
 
-@_triton_step.register_fake
-def _(
+def _step_fake(
     state: Tensor,
     x: Tensor,
     dt: Tensor,
@@ -339,3 +337,6 @@ def _(
     dt_softplus: bool,
 ) -> Tensor:
     return x.new_empty(x.shape)
+
+
+_triton_step = dispatch.define_operator("ssd_step", _step_kernel, _step_fake, mutates_args=("state",))

@@ -4,7 +4,7 @@ The sequence is walked slab by slab, so that the temporaries stay in cache and m
 slab holds several chunks; its products are batched over them, and only the small matrix states are passed serially.
 README.md derives the formulas. Inside a slab the names are those of the derivation and the layouts are
 
-    head-major (b, c, g, r, q, ...)   natural (b, c, q, g, r, ...)   states (b, c, g, n, r * p)
+    head-major (b, c, g, r, q, ...)   natural (b, c, q, g, r, ...)   states (b, c, g, r * p, n)
 
 with c chunks of q tokens, g groups of r heads. Chunk matrices are transposed: row j is the token that is read, column i
 the token that is written.
@@ -86,10 +86,10 @@ def backward(
     """Gradients of x, dt, A, B, C, D, z, dt_bias and initial_state, None where the input is."""
     dtype = states.dtype
     grads = _Gradients(
-        x=torch.empty_like(x),
-        B=torch.empty_like(B),
-        C=torch.empty_like(C),
-        z=None if z is None else torch.empty_like(z),
+        x=x.new_empty(x.shape),
+        B=B.new_empty(B.shape),
+        C=C.new_empty(C.shape),
+        z=None if z is None else z.new_empty(z.shape),
         step=dt.new_empty(dt.shape, dtype=dtype),
         # Sums over all tokens: a slab is summed in the working precision, the slabs in float64.
         A=A.new_zeros(A.shape, dtype=torch.float64),
@@ -113,11 +113,11 @@ def backward(
 
 
 def empty_states(x: Tensor, B: Tensor, chunk: int | None) -> Tensor:
-    """Room for the states that enter the slabs, in the layout of this backend: (slabs, b, g, n, h/g * p)."""
+    """Room for the states that enter the slabs, in the layout of this backend: (slabs, b, g, h/g * p, n)."""
     b, l, h, p = x.shape
     g, n = B.shape[2:]
     slab = _grid(x, B, chunk)[1]
-    return x.new_empty((l + slab - 1) // slab, b, g, n, h // g * p, dtype=state_dtype(x.dtype))
+    return x.new_empty(-(-l // slab), b, g, h // g * p, n, dtype=state_dtype(x.dtype))
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ class _Slab:
     tokens: slice
     x: Tensor  # (b, c, q, h, p)
     z: Tensor | None  # (b, c, q, h, p)
-    step: Tensor  # (b, c, q, h)
+    step: Tensor  # (b, c, q, h, 1)
     B: Tensor  # (b, c, g, q, n)
     C: Tensor  # (b, c, g, q, n)
     decay: Tensor  # (b, c, g, r, j, i): from token j to token i of a chunk, zero where i does not see j
@@ -202,77 +202,76 @@ class _Scan:
         return range(count - 1, -1, -1) if self.part.backwards else range(count)
 
     def pack_state(self, state: Tensor | None) -> Tensor:
-        """This part of the public states (b, h, p, n), as (b, g, n, r * p)."""
+        """This part of the public states (b, h, p, n), as (b, g, r * p, n)."""
         if state is None:
-            return self.x.new_zeros(self.b, self.g, self.n, self.r * self.p, dtype=self.dtype)
+            return self.x.new_zeros(self.b, self.g, self.r * self.p, self.n, dtype=self.dtype)
         state = state[self.part.rows, self.part.heads].to(self.dtype)
-        return state.reshape(self.b, self.g, self.r * self.p, self.n).transpose(2, 3).contiguous()
+        return state.reshape(self.b, self.g, self.r * self.p, self.n)
 
     def unpack_state(self, S: Tensor, out: Tensor) -> None:
-        """Write S (b, g, n, r * p) into this part of ``out`` (b, h, p, n)."""
-        out[self.part.rows, self.part.heads] = S.transpose(2, 3).reshape(self.b, self.h, self.p, self.n)
+        """Write S (b, g, r * p, n) into this part of ``out`` (b, h, p, n)."""
+        out[self.part.rows, self.part.heads] = S.reshape(self.b, self.h, self.p, self.n)
 
     def forward(self, k: int, S: Tensor, y: Tensor) -> Tensor:
-        """Write slab k of y. S (b, g, n, r * p) enters; the state that leaves is returned."""
+        """Write slab k of y. S (b, g, r * p, n) enters; the state that leaves is returned."""
         s = self._slab(k)
-        drive = s.x * s.step.unsqueeze(-1)
-        matrix = s.decay.mul_(s.products)
-        y_own = matrix.mT @ self._by_head(drive)
-        S = self._pass(s.B.mT @ self._grouped(drive.mul_(s.to_end)), s.through, S, self.part.backwards)
-        out = self._output(s, y_own, s.C @ self._entering(S))
+        own = s.decay.mul_(s.products).mT @ self._by_head(s.x, s.step)
+        borders = self._pass(self._grouped(s.x * (s.step * s.to_end)).mT @ s.B, s.through, S, self.part.backwards)
+        out = self._output(s, own, s.C @ self._entering(borders).mT)
         if s.z is not None:
             out *= F.silu(s.z)
         self._store(y, s, out, self.part.heads)
-        return S[:, 0 if self.part.backwards else -1]
+        return borders[:, self.last]
 
     def backward(self, k: int, S: Tensor, dS: Tensor, dy: Tensor, grads: _Gradients) -> Tensor:
         """Write slab k of the gradients. S enters the slab and dS is the adjoint of the state that leaves it, both
-        (b, g, n, r * p); the adjoint of S is returned."""
+        (b, g, r * p, n); the adjoint of S is returned."""
         s = self._slab(k)
         part = self.part
         dout = self._chunks(dy[part.rows, s.tokens, part.heads])  # (b, c, q, h, p)
-        drive = s.x * s.step.unsqueeze(-1)
-        drive_heads = self._by_head(drive)  # (b, c, g, r, q, p)
-        drive_end = self._grouped(drive * s.to_end)  # (b, c, g, q, r * p)
-        S = self._entering(self._pass(s.B.mT @ drive_end, s.through, S, part.backwards))
-        carried = s.C @ S  # (b, c, g, q, r * p): what the entering state gives to y, before its decay
+        drive_heads = self._by_head(s.x, s.step)  # (b, c, g, r, q, p)
+        drive_end = self._grouped(s.x * (s.step * s.to_end))  # (b, c, g, q, r * p)
+        S = self._entering(self._pass(drive_end.mT @ s.B, s.through, S, part.backwards))  # (b, c, g, r * p, n)
+        carried = s.C @ S.mT  # (b, c, g, q, r * p): what the entering state gives to y, before its decay
+        matrix = s.decay * s.products
         if s.z is not None and grads.z is not None:
             gate = torch.sigmoid(s.z)
-            out = self._output(s, (s.decay * s.products).mT @ drive_heads, carried)
+            out = self._output(s, matrix.mT @ drive_heads, carried)
             self._store(grads.z, s, out.mul_(dout).mul_(gate * (1 + s.z * (1 - gate))), part.heads)
             dout = dout * gate.mul_(s.z)
-        dout_heads = self._by_head(dout)
-        dout_start = self._grouped(dout * s.from_start)
-        borders = self._pass(s.C.mT @ dout_start, s.through, dS, not part.backwards)
+        dout_heads = self._by_head(dout)  # (b, c, g, r, q, p)
+        dout_start = self._grouped(dout * s.from_start)  # (b, c, g, q, r * p)
+        borders = self._pass(dout_start.mT @ s.C, s.through, dS, not part.backwards)
         dS = self._leaving(borders)
 
         # Through the chunk's own matrix: first times the decays, as B and C need it, then the whole product.
         dmatrix = (drive_heads @ dout_heads.mT).mul_(s.decay)  # (b, c, g, r, j, i)
         dproducts = dmatrix.sum(3)  # (b, c, g, j, i)
-        self._store(grads.B, s, (dproducts @ s.C).add_(drive_end @ dS.mT).transpose(2, 3), part.groups)
-        self._store(grads.C, s, (dproducts.mT @ s.B).add_(dout_start @ S.mT).transpose(2, 3), part.groups)
+        self._store(grads.B, s, (dproducts @ s.C).add_(drive_end @ dS).transpose(2, 3), part.groups)
+        self._store(grads.C, s, (dproducts.mT @ s.B).add_(dout_start @ S).transpose(2, 3), part.groups)
         dmatrix.mul_(s.products)
-        ddrive = self._natural(s.decay.mul_(s.products) @ dout_heads)  # (b, c, q, h, p)
-        ddrive_end = self._ungrouped(s.B @ dS) * s.to_end
-        ddrive = ddrive + ddrive_end
+        later = self._ungrouped(s.B @ dS.mT)  # (b, c, q, h, p)
+        ddrive = torch.addcmul(self._natural(matrix @ dout_heads), later, s.to_end)
 
         # The log decay of token k takes all that flows from before k to k or beyond. Sums of such flows rather than
         # differences of larger ones: nothing cancels.
         flow = (dmatrix @ self.sees.mT).mul_(self.before).sum(-2)  # (b, c, g, r, q)
-        flow_in = self._small((self._ungrouped(carried) * s.from_start).mul_(dout).sum(-1))
-        flow_out = self._small(ddrive_end.mul_(drive).sum(-1))
-        flow_through = (S * dS).unflatten(-1, (self.r, self.p)).sum((3, 5)) * s.through
+        flow_in = self._small(
+            carried.mul_(dout_start).transpose(2, 3).unflatten(-1, (self.r, self.p)).sum(-1).flatten(3)
+        )
+        flow_out = self._small(later.mul_(self._ungrouped(drive_end)).sum(-1))
+        flow_through = (S * dS).unflatten(3, (self.r, self.p)).sum((4, 5)) * s.through
         flow += flow_in @ self.sees.mT + flow_out @ self.before + flow_through.unsqueeze(-1)
         dlog = flow.flatten(2, 3).transpose(2, 3)  # (b, c, q, h)
-        grads.A[part.heads] += (dlog * s.step).sum((0, 1, 2))
+        grads.A[part.heads] += (dlog * s.step.squeeze(-1)).sum((0, 1, 2))
         self._store(grads.step, s, (s.x * ddrive).sum(-1).addcmul_(dlog, self.A), part.heads)
-        dx = ddrive.mul_(s.step.unsqueeze(-1))
+        dx = ddrive.mul_(s.step)
         if self.D is not None and grads.D is not None:
             dx.addcmul_(dout, self.D)
             dD = (dout * s.x).sum((0, 1, 2))  # (h, p)
             grads.D[part.heads] += dD if grads.D.dim() == 2 else dD.sum(-1)
         self._store(grads.x, s, dx, part.heads)
-        return borders[:, -1 if part.backwards else 0]
+        return borders[:, -1 - self.last]
 
     def _slab(self, k: int) -> _Slab:
         part = self.part
@@ -294,7 +293,7 @@ class _Scan:
             tokens=tokens,
             x=self._chunks(self.x[:, tokens]),
             z=None if self.z is None else self._chunks(self.z[:, tokens]),
-            step=step,
+            step=step.unsqueeze(-1),
             B=B,
             C=C,
             decay=self._decay_matrix(log, resets).unflatten(2, (self.g, self.r)),
@@ -344,18 +343,18 @@ class _Scan:
         return out if self.D is None else out.addcmul_(s.x, self.D)
 
     def _pass(self, contributions: Tensor, through: Tensor, edge: Tensor, descending: bool) -> Tensor:
-        """States at the c + 1 borders of the chunks (b, c+1, g, n, r * p), from each chunk's contribution to the next
+        """States at the c + 1 borders of the chunks (b, c+1, g, r * p, n), from each chunk's contribution to the next
         border and the state at the first one; in descending order when ``descending``."""
-        c = contributions.shape[1]
-        heads = (self.r, self.p)
-        borders = contributions.new_empty(self.b, c + 1, self.g, self.n, *heads)
-        borders[:, c if descending else 0] = edge.unflatten(-1, heads)
-        contributions = contributions.unflatten(-1, heads)
-        through = through[:, :, :, None, :, None]  # (b, c, g, 1, r, 1)
+        b, c, g, _, n = contributions.shape
+        borders = contributions.new_empty(b, c + 1, g, self.r, self.p * n)
+        borders[:, c if descending else 0] = edge.reshape(b, g, self.r, -1)
+        # Each step reads and writes whole states: they are unbound once, which a long chain of views would repeat.
+        contribution, decay = contributions.reshape(b, c, g, self.r, -1).unbind(1), through.unsqueeze(-1).unbind(1)
+        state = borders.unbind(1)
         for i in range(c - 1, -1, -1) if descending else range(c):
             source, target = (i + 1, i) if descending else (i, i + 1)
-            torch.addcmul(contributions[:, i], borders[:, source], through[:, i], out=borders[:, target])
-        return borders.flatten(-2)
+            torch.addcmul(contribution[i], state[source], decay[i], out=state[target])
+        return borders.view(b, c + 1, g, -1, n)
 
     def _entering(self, borders: Tensor) -> Tensor:
         """What each chunk receives in scan direction."""
@@ -381,9 +380,14 @@ class _Scan:
         """(b, c, q, h) as (b, c, g, r, q)."""
         return v.transpose(2, 3).unflatten(2, (self.g, self.r))
 
-    def _by_head(self, v: Tensor) -> Tensor:
-        """(b, c, q, h, p) as (b, c, g, r, q, p)."""
-        return v.transpose(2, 3).unflatten(2, (self.g, self.r))
+    def _by_head(self, v: Tensor, scale: Tensor | None = None) -> Tensor:
+        """(b, c, q, h, p), times ``scale`` (b, c, q, h, 1), as (b, c, g, r, q, p) in one piece."""
+        out = v.new_empty(self.b, v.shape[1], self.h, v.shape[2], self.p)
+        if scale is None:
+            out.copy_(v.transpose(2, 3))
+        else:
+            torch.mul(v.transpose(2, 3), scale.transpose(2, 3), out=out)
+        return out.unflatten(2, (self.g, self.r))
 
     def _natural(self, v: Tensor) -> Tensor:
         """(b, c, g, r, q, p) as (b, c, q, h, p)."""
@@ -402,8 +406,13 @@ def _grid(x: Tensor, B: Tensor, chunk: int | None) -> tuple[int, int]:
     """Tokens of a chunk and of a slab, a whole number of chunks."""
     _, l, h, p = x.shape
     chunk = _round_up(min(chunk or _default_chunk(p, B.shape[3]), l), _BLOCK)
-    budget = _SLAB_ELEMENTS.get(x.device.type, _SLAB_ELEMENTS["cuda"])
-    return chunk, chunk * max(1, budget // (h * chunk * chunk))
+    return chunk, chunk * _slab_chunks(x.device.type, h, chunk)
+
+
+def _slab_chunks(device: str, h: int, chunk: int) -> int:
+    """Chunks of a slab."""
+    budget = _SLAB_ELEMENTS.get(device, _SLAB_ELEMENTS["cuda"])
+    return max(1, budget // (h * chunk * chunk))
 
 
 def _round_up(length: int, multiple: int) -> int:

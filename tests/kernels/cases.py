@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from seqssm.kernels import causal_conv1d, selective_scan
+from seqssm.kernels import causal_conv1d, selective_scan, ssd
 
 Results = dict[str, Tensor]
 
@@ -88,6 +88,52 @@ class ConvCase:
         return {k: torch.randn(*v, generator=generator, dtype=torch.float64) for k, v in shapes.items()}
 
 
+@dataclass(frozen=True)
+class SSDCase:
+    """A state-space duality scan; ``D_p`` gives D a value a channel, the other fields are as in ``ScanCase``."""
+
+    l: int
+    b: int = 1
+    h: int = 2
+    p: int = 8
+    n: int = 8
+    g: int = 1
+    optional: bool = True  # D, z, dt_bias and softplus
+    D_p: bool = False
+    state: bool = True
+    packed: int = 0
+    reverse: bool | tuple[bool, ...] = False
+    chunk: int | None = None
+    strided: bool = False
+
+    @property
+    def options(self) -> dict:
+        return {
+            "dt_softplus": self.optional,
+            "seq_idx": packed(self.b, self.l, self.packed),
+            "reverse": self.reverse,
+            "chunk": self.chunk,
+        }
+
+    def tensors(self) -> Results:
+        """Inputs in float64, contiguous."""
+        generator = torch.Generator().manual_seed(self.l * 31 + self.p * 7 + self.n)
+
+        def randn(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+        b, l, h, p, n, g = self.b, self.l, self.h, self.p, self.n, self.g
+        tensors = {"x": randn(b, l, h, p), "B": randn(b, l, g, n), "C": randn(b, l, g, n), "A": -torch.exp(randn(h))}
+        tensors["dt"] = randn(b, l, h) - 2 if self.optional else 0.3 * randn(b, l, h).exp()
+        if self.optional:
+            tensors |= {"D": randn(h, p) if self.D_p else randn(h), "z": randn(b, l, h, p), "dt_bias": randn(h)}
+        if self.state:
+            tensors["initial_state"] = randn(b, h, p, n)
+        return tensors
+
+
+Case = ScanCase | ConvCase | SSDCase
+
 SCAN_CASES = {
     "one-token": ScanCase(l=1, b=2),
     "one-token-reverse": ScanCase(l=1, reverse=True),
@@ -124,6 +170,28 @@ CONV_CASES = {
     "strided-reverse": ConvCase(l=80, b=2, d=10, packed=11, strided=True, reverse=True),
     "wide": ConvCase(l=40, b=2, d=150),
 }
+SSD_CASES = {
+    "one-token": SSDCase(l=1, b=2),
+    "one-token-reverse": SSDCase(l=1, reverse=True),
+    "plain": SSDCase(l=63, b=2, optional=False, state=False),
+    "odd-shapes": SSDCase(l=63, b=2, h=3, p=5, n=7, D_p=True),
+    "one-state": SSDCase(l=70, h=3, p=1, n=1),
+    "chunk-1": SSDCase(l=63, p=64, n=16),
+    "chunk": SSDCase(l=64, packed=40),
+    "chunk+1": SSDCase(l=65, h=4, n=64),
+    "chunk+1-reverse": SSDCase(l=65, reverse=True, packed=40),
+    "long": SSDCase(l=1000, p=4, packed=300),
+    "long-chunks": SSDCase(l=520, h=3, p=4, chunk=256, packed=97, reverse=True),
+    "short-chunks": SSDCase(l=100, b=2, chunk=17, packed=23),
+    "groups": SSDCase(l=100, b=2, h=6, g=3, packed=9),
+    "both-directions": SSDCase(l=300, b=2, h=4, g=2, reverse=(False, True), packed=100),
+    "three-directions": SSDCase(l=65, h=6, g=3, reverse=(True, False, True), D_p=True),
+    "packed-every-token": SSDCase(l=33, packed=1),
+    "strided": SSDCase(l=80, b=2, h=4, g=2, packed=11, strided=True),
+    "strided-reverse": SSDCase(l=80, b=2, h=4, g=2, packed=11, strided=True, reverse=True),
+    "many-sequences": SSDCase(l=40, b=9, h=2, p=5),
+    "many-states": SSDCase(l=40, h=2, p=4, n=256),
+}
 
 
 def packed(b: int, l: int, mean: int) -> Tensor | None:
@@ -143,9 +211,9 @@ def strided_view(x: Tensor) -> Tensor:
     return view.copy_(x)
 
 
-def run(case: ScanCase | ConvCase, inputs: Results, **options: object) -> Results:
+def run(case: Case, inputs: Results, **options: object) -> Results:
     """Outputs of the case's operator and the gradients of its inputs, for fixed random gradients of both outputs."""
-    operator = selective_scan if isinstance(case, ScanCase) else causal_conv1d
+    operator = {ScanCase: selective_scan, ConvCase: causal_conv1d, SSDCase: ssd}[type(case)]
     return outputs_and_gradients(functools.partial(operator, **{**case.options, **options}), inputs)  # type: ignore
 
 
@@ -165,23 +233,23 @@ def fixed_randn(like: Tensor) -> Tensor:
     return torch.randn(like.shape, generator=generator).bfloat16().to(like.device, like.dtype)
 
 
-def inputs_in(case: ScanCase | ConvCase, dtype: torch.dtype, device: str = "cpu") -> Results:
+def inputs_in(case: Case, dtype: torch.dtype, device: str = "cpu") -> Results:
     """Inputs as a model in ``dtype`` has them: parameters and state of a scan stay float32 in 16 bits."""
-    wide = {"A", "D", "delta_bias", "initial_state"} if isinstance(case, ScanCase) else set()
+    wide = set() if isinstance(case, ConvCase) else {"A", "D", "delta_bias", "dt_bias", "initial_state"}
     kept = torch.promote_types(dtype, torch.float32)
     result = {k: x.to(device, kept if k in wide else dtype) for k, x in case.tensors().items()}
     return {k: strided_view(x) for k, x in result.items()} if case.strided else result
 
 
 @functools.cache
-def yardstick(case: ScanCase | ConvCase, dtype: torch.dtype) -> tuple[Results, Results]:
+def yardstick(case: Case, dtype: torch.dtype) -> tuple[Results, Results]:
     """The reference in float64, and in ``dtype``, on the inputs rounded to ``dtype``."""
     inputs = inputs_in(case, dtype)
     exact = run(case, {k: x.double() for k, x in inputs.items()}, backend="reference")
     return exact, exact if dtype == torch.float64 else run(case, inputs, backend="reference")
 
 
-def assert_accurate(case: ScanCase | ConvCase, actual: Results, dtype: torch.dtype) -> None:
+def assert_accurate(case: Case, actual: Results, dtype: torch.dtype) -> None:
     """Fail unless every result is as close to float64 as twice the reference in ``dtype`` is."""
     exact, plain = yardstick(case, dtype)
     assert actual.keys() == exact.keys()
