@@ -78,7 +78,11 @@ def save(
             if folder.exists():
                 aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
                 folder.replace(aside)
-                temporary.replace(folder)
+                try:
+                    temporary.replace(folder)
+                except OSError:
+                    aside.replace(folder)
+                    raise
                 shutil.rmtree(aside)
             else:
                 temporary.replace(folder)

@@ -191,6 +191,68 @@ def test_blocks_are_pre_norm_residual():
     torch.testing.assert_close(backbone(x)[0], rms_norm(y, backbone.norm.weight), rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("settings", [{}, {"bidirectional": "tied", "reverse_complement": True}])
+def test_compiles_as_one_graph(settings):
+    backbone = make("m2sa", mlp_ratio=1, **settings)
+    x, names = inputs(backbone.d_out, dtype=torch.float32), list(backbone.state_dict())
+    results = []
+    for _ in range(2):
+        backbone.zero_grad()
+        y, _ = backbone(x)
+        y.square().sum().backward()
+        results.append([y, *(p.grad for p in backbone.parameters())])
+        backbone.compile(fullgraph=True, backend="aot_eager")
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager)
+    assert list(backbone.state_dict()) == names
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("settings", [{}, {"bidirectional": "tied", "reverse_complement": True}, {"mlp_ratio": 1}])
+def test_a_gpu_agrees_with_the_cpu(settings):
+    results = []
+    seq_idx = (torch.arange(600) >= torch.tensor([600, 301])[:, None]).int()
+    for device, dtype in (("cpu", torch.float64), ("cuda", torch.float32)):
+        backbone = make("m2saw", **settings).to(device, dtype)
+        x = inputs(backbone.d_out, length=600, dtype=dtype).to(device).requires_grad_()
+        y, _ = backbone(x, seq_idx=seq_idx.to(device))
+        y.square().mean().backward()
+        results.append([t.double().cpu() for t in (y, x.grad, *(p.grad for p in backbone.parameters()))])
+    for expected, actual in zip(*results, strict=True):
+        assert (actual - expected).abs().max() <= 2e-3 * expected.abs().max()
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_a_gpu_streams_in_bfloat16():
+    backbone = make("m2saw").cuda()
+    x = inputs(length=600, dtype=torch.float32).cuda()
+    with torch.autocast("cuda", torch.bfloat16):
+        y, _ = backbone(x)
+        chunked, state = in_chunks(backbone, x, [100, 1, 255, 244])
+    reference, _ = backbone(x)
+    scale = reference.abs().max()
+    assert (y - reference).abs().max() < 0.05 * scale
+    assert (chunked - reference).abs().max() < 0.05 * scale
+    assert all(value.dtype == torch.float32 for key, value in state.items() if key.endswith("scan"))
+    # A step over fixed memory is one CUDA graph.
+    fixed = make("m2sww").cuda()
+    state, static = fixed.init_state(2, "cuda"), torch.zeros(2, 16, device="cuda")
+    fixed.step(static, {key: value.clone() for key, value in state.items()})  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = fixed.step(static, state)
+    for value in state.values():
+        value.zero_()
+    outputs = []
+    for token in x[:, :20].unbind(1):
+        static.copy_(token)
+        graph.replay()
+        outputs.append(out.clone())
+    torch.testing.assert_close(torch.stack(outputs, 1), fixed(x[:, :20])[0], rtol=1e-3, atol=1e-4)
+
+
 # ---- configuration -------------------------------------------------------------------------------------------------
 
 
