@@ -3,26 +3,24 @@
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.data import DataLoader
 
-from seqssm.data.dna.report import Report, overlapping, shared_kmers, shared_sequences
+from seqssm.data.dna.division import Division, WindowPlan
+from seqssm.data.dna.library import Library, Regions
+from seqssm.data.dna.report import Report
 from seqssm.data.dna.sampling import (
     EpochSampler,
     ResumableLoader,
     ShardSampler,
     TrainingDataset,
     WindowDataset,
-    Windows,
     collate,
-    grid_windows,
-    within_n_cap,
 )
-from seqssm.data.dna.sources import SPLITS, Layout, Library, Listing, Regions, list_sources
-from seqssm.data.dna.splits import DROP, SplitPlan, split_regions
+from seqssm.data.dna.sources import Layout, Listing, list_sources
+from seqssm.data.dna.splits import SplitPlan
 from seqssm.errors import UserError
 
 
@@ -58,8 +56,8 @@ class DNADataModule(LightningDataModule):
             `guard_bp` (default a window) clear between splits.
         split_group: the column whose values stay together, divided by split_fractions class by class.
         val_fraction: held out of train where a column or rules name no validation split.
-        group_column: the unit that intervals resample; default split_group, else the file when there are several,
-            else the record.
+        group_column: the unit that intervals resample; default split_group, else the file where a table or class
+            folders name files, else the record.
         drop_shared: leave out train sequences that equal one of validation or test, on either strand.
 
     Other:
@@ -123,7 +121,7 @@ class DNADataModule(LightningDataModule):
             bed_columns=None if bed_columns is None else tuple(bed_columns),
             record_pattern=record_pattern,
         )
-        self.plan = SplitPlan(
+        self.split_plan = SplitPlan(
             column=split_column,
             rules=split_rules,
             positions=split_positions,
@@ -133,12 +131,24 @@ class DNADataModule(LightningDataModule):
             val_fraction=val_fraction,
             seed=seed,
         )
+        self.window_plan = WindowPlan(
+            window_bp=window_bp,
+            stride_bp=stride_bp,
+            min_window_bp=min_window_bp,
+            max_n_fraction=max_n_fraction,
+            eval_windows=eval_windows,
+            drop_shared=drop_shared,
+            min_class_windows=min_class_windows,
+            classes_only=bool(classes),
+        )
+        self.train: TrainingDataset | None = None
+        self.val: WindowDataset | None = None
+        self.test: WindowDataset | None = None
         self.report: Report | None = None
         self._listing: Listing | None = None
         self._loaded: tuple[Library, Regions] | None = None
         self._labels: list[str] | None = None
-        self._regions: dict[str, Windows] = {}
-        self._shared: dict[tuple[str, str], np.ndarray] = {}
+        self._division: Division | None = None
         self._grids: dict[str, WindowDataset] = {}
         self._reported = False
 
@@ -178,149 +188,43 @@ class DNADataModule(LightningDataModule):
 
     def prepare_data(self) -> None:
         """Build the indexes that are missing (Lightning calls this in one process of a machine)."""
+        self._labels = self.labels  # a bad table fails before gigabytes are indexed
         self._load()
 
     def setup(self, stage: str | None = None) -> None:
         """Divide, window and check the data; before training, print the counts and the leakage report."""
-        if not self._grids:
+        if self._division is None:
             self._divide()
+        if stage == "fit" and self.train is None:
+            raise UserError(f"{self.layout.path}: the split leaves nothing to train on")
         if stage == "fit" and not self._reported:
             self._reported = True
-            if self.hparams["leakage_report"]:
-                self.add_leakage()
             assert self.report is not None
+            if self.hparams["leakage_report"] and self._division is not None:
+                self._division.add_leakage(self.report)
             rank_zero_only(self.report.print)()
 
     def _divide(self) -> None:
-        library, everything = self._load()
-        regions, split = split_regions(library, everything, self.plan, self.layout.label_column)
-        left_out: dict[str, int] = {}
-        regions, split = self._of_known_classes(regions, split, left_out)
-        self._regions = self._by_split(library, regions, split)
-        if "train" not in self._regions:
-            raise UserError(f"{self.layout.path}: the split leaves nothing to train on")
-        self._drop_shared(library, left_out)
-        grids = {name: self._grid(library, name, windows, left_out) for name, windows in self._regions.items()}
-        self._check_classes(grids)
-        self._grids = {name: WindowDataset(library, self._capped(name, grid, left_out)) for name, grid in grids.items()}
-        self.train = self._training(library, grids["train"])
-        self.val = self._grids.get("val")
-        self.test = self._grids.get("test")
-        self.report = self._counts(left_out)
-
-    def _of_known_classes(
-        self, regions: Regions, split: np.ndarray, left_out: dict[str, int]
-    ) -> tuple[Regions, np.ndarray]:
-        regions, split = regions[split != DROP], split[split != DROP]
+        library, regions = self._load()
         if self.layout.label_column not in regions.columns:
             self._labels_of_records()
-        column = regions.columns[self.layout.label_column]
-        known = set(self.labels)
-        if self.hparams["classes"]:
-            keep = np.isin(column.astype(str), sorted(known))
-            left_out["records or intervals of other classes"] = int((~keep).sum())
-            return regions[keep], split[keep]
-        missing = column.astype(str) == ""
-        if missing.any():
-            at = int(np.argmax(missing))
-            raise UserError(
-                f"record {regions.columns['record'][at]!r} of {regions.columns['file'][at]} has no label "
-                f"({int(missing.sum())} such): add it to {self.layout.labels_table or self.layout.path}, "
-                "or drop it with split_rules"
-            )
-        return regions, split
+        by_file = self._list().samples_are_files
+        default = self.hparams["split_group"] or ("file" if by_file else "record")
+        division = Division(library, self.layout, self.labels, self.window_plan)
+        division.divide(regions, self.split_plan, self.hparams["group_column"] or default)
+        self._grids = {split: WindowDataset(library, grid) for split, grid in division.grids.items()}
+        self.train = self._training(division) if "train" in division.grids else None
+        self.val = self._grids.get("val")
+        self.test = self._grids.get("test")
+        self.report = division.report(len(self.train) if self.train is not None else 0)
+        self._division = division
 
-    def _by_split(self, library: Library, regions: Regions, split: np.ndarray) -> dict[str, Windows]:
-        several_files = len(set(library.files)) > 1 and self.layout.sequence_column not in regions.columns
-        default = self.hparams["split_group"] or ("file" if several_files else "record")
-        group_column = self.hparams["group_column"] or default
-        record_names = np.array(library.unique_names())
-        groups = record_names[regions.record]
-        if group_column != "record":
-            groups = regions.column(group_column, "group_column").astype(str)
-        group_names, group_id = np.unique(groups, return_inverse=True)
-        label_id = {label: i for i, label in enumerate(self.labels)}
-        windows = Windows(
-            record_id=regions.record,
-            start_bp=regions.start_bp,
-            length=regions.end_bp - regions.start_bp,
-            label=np.array([label_id[label] for label in regions.columns[self.layout.label_column]], np.int64),
-            group_id=group_id.astype(np.int64),
-            record_names=record_names,
-            group_names=group_names,
-        )
-        return {name: windows[split == name] for name in SPLITS if (split == name).any()}
-
-    def _drop_shared(self, library: Library, left_out: dict[str, int]) -> None:
-        self._shared = shared_sequences(library, self._regions)
-        if not self.hparams["drop_shared"]:
-            return
-        drop = np.zeros(len(self._regions["train"]), bool)
-        for other in ("test", "val"):
-            if other in self._regions:
-                shared = self._shared["train", other]
-                left_out[f"train sequences that also stand in {other}"] = int(shared.sum())
-                drop |= shared
-        if drop.all():
-            raise UserError(f"{self.layout.path}: every train sequence also stands in validation or test")
-        self._regions["train"] = self._regions["train"][~drop]
-        if drop.any():
-            self._shared = {
-                pair: np.zeros(len(mask), bool) if pair[1] == "train" else mask for pair, mask in self._shared.items()
-            }
-
-    def _grid(self, library: Library, split: str, regions: Windows, left_out: dict[str, int]) -> Windows:
-        window_bp = self.hparams["window_bp"]
-        grid = grid_windows(regions, window_bp, self.hparams["stride_bp"], self.hparams["min_window_bp"])
-        if not len(grid):
-            raise UserError(
-                f"window_bp {window_bp} is longer than every region of the {split} split (the longest has "
-                f"{regions.length.max()} bp): lower window_bp or set min_window_bp"
-            )
-        keep = within_n_cap(grid, library, self.hparams["max_n_fraction"])
-        if not keep.any():
-            raise UserError(
-                f"all {len(grid)} windows of the {split} split have more than {self.hparams['max_n_fraction']:.0%} N: "
-                "give sequences with bases, or raise max_n_fraction"
-            )
-        reason = f"{split} windows with over {self.hparams['max_n_fraction']:.0%} N"
-        left_out[reason] = int((~keep).sum())
-        return grid[keep]
-
-    def _check_classes(self, grids: dict[str, Windows]) -> None:
-        needed = self.hparams["min_class_windows"]
-        for split, windows in grids.items():
-            counts = np.bincount(windows.label, minlength=len(self.labels))
-            if counts.min() < needed:
-                raise UserError(
-                    f"class {self.labels[int(counts.argmin())]!r} has {counts.min()} windows in the {split} split, "
-                    f"{needed} needed: add samples, change the split, leave it out with classes, "
-                    "or lower min_class_windows"
-                )
-
-    def _capped(self, split: str, windows: Windows, left_out: dict[str, int]) -> Windows:
-        limit = self.hparams["eval_windows"]
-        if split == "train" or limit is None or len(windows) <= limit:
-            return windows
-        chosen = []
-        for label in np.unique(windows.label):
-            own = np.flatnonzero(windows.label == label)
-            count = min(len(own), max(1, limit // len(self.labels)))
-            chosen.append(own[np.linspace(0, len(own) - 1, count).round().astype(int)])
-        kept = np.sort(np.concatenate(chosen))
-        left_out[f"{split} windows beyond eval_windows"] = len(windows) - len(kept)
-        return windows[kept]
-
-    def _training(self, library: Library, grid: Windows) -> TrainingDataset:
-        window_bp = self.hparams["window_bp"]
+    def _training(self, division: Division) -> TrainingDataset:
+        window_bp, grid = self.hparams["window_bp"], division.grids["train"]
         random_start = self.hparams["sampling"] == "random" and window_bp is not None
-        candidates = grid
-        if random_start:
-            regions = self._regions["train"]
-            candidates = regions[regions.length >= min(self.hparams["min_window_bp"] or window_bp, window_bp)]
         return TrainingDataset(
-            library,
-            candidates,
+            division.library,
+            division.candidates() if random_start else grid,
             windows_per_epoch=self.hparams["windows_per_epoch"] or len(grid),
             seed=self.hparams["seed"],
             window_bp=window_bp,
@@ -329,29 +233,6 @@ class DNADataModule(LightningDataModule):
             rc_probability=self.hparams["rc_probability"],
             max_n_fraction=self.hparams["max_n_fraction"],
         )
-
-    def _counts(self, left_out: dict[str, int]) -> Report:
-        classes = len(self.labels)
-        counts = {split: np.bincount(grid.windows.label, minlength=classes) for split, grid in self._grids.items()}
-        return Report(
-            labels=self.labels,
-            counts={split: dict(zip(self.labels, row.tolist(), strict=True)) for split, row in counts.items()},
-            records={split: len(np.unique(w.record_id)) for split, w in self._regions.items()},
-            bases={split: int(w.length.sum()) for split, w in self._regions.items()},
-            windows_per_epoch=len(self.train),
-            left_out=left_out,
-        )
-
-    def add_leakage(self) -> Report:
-        """Complete `report` with what validation and test share with train; a second or two for 100 Mb."""
-        self.setup()
-        assert self.report is not None
-        library, train = self._load()[0], self._regions["train"]
-        held_out = {split: windows for split, windows in self._regions.items() if split != "train"}
-        self.report.shared_sequences = {split: int(self._shared[split, "train"].sum()) for split in held_out}
-        self.report.overlaps = {split: overlapping(self._grids[split].windows, train) for split in held_out}
-        self.report.shared_kmers = shared_kmers(library, train, held_out)
-        return self.report
 
     def grid(self, split: str) -> WindowDataset:
         """The grid windows of a split in file order; `grid("train")` is what a baseline is fitted on."""
@@ -362,6 +243,8 @@ class DNADataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """Resumable to the batch; item order depends on seed and epoch alone."""
+        self.setup("fit")
+        assert self.train is not None
         rank, ranks = self._rank()
         sampler = EpochSampler(self.train, self.hparams["batch_size"], ranks, rank)
         if self.trainer is not None:
@@ -372,6 +255,7 @@ class DNADataModule(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader | list:
         """Grid windows in order; no loader without a validation split."""
+        self.setup()
         return self._evaluation_loader("val") if "val" in self._grids else []
 
     def test_dataloader(self) -> DataLoader:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from seqssm.data.dna.alphabet import PAD, reverse_complement
-from seqssm.data.dna.sources import Library
+from seqssm.data.dna.library import Library
 from seqssm.errors import UserError
 
 MAX_DRAWS = 200

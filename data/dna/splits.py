@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from seqssm.data.dna.sources import SPLITS, Library, Regions, split_name
+from seqssm.data.dna.library import Library, Regions
+from seqssm.data.dna.sources import SPLITS, split_name
 from seqssm.errors import UserError
 
 DROP = "drop"

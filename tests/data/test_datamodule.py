@@ -14,6 +14,8 @@ from seqssm.data import DNABatch, DNADataModule
 from seqssm.data.dna.alphabet import encode, reverse_complement
 from seqssm.errors import UserError
 
+pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning on loaders without workers and on checkpoint folders
+
 Writer = Callable[..., Path]
 Dna = Callable[..., str]
 
@@ -121,7 +123,9 @@ def test_train_sequences_that_stand_in_test_are_dropped_and_counted(
     assert len(kept.grid("train")) == 43
     assert kept.report.shared_sequences == {"val": 1, "test": 2}
     assert kept.report.shared_kmers["test"] > 0.1
+    assert data.test is not None
     assert data.test.windows.record.tolist() == [f"test.csv:{line}" for line in range(2, 12)]
+    assert data.test.windows.group.tolist() == data.test.windows.record.tolist()
 
 
 def test_training_batches_are_padded_turned_and_labelled(tmp_path: Path, random_dna: Dna) -> None:
@@ -144,6 +148,16 @@ def test_training_batches_are_padded_turned_and_labelled(tmp_path: Path, random_
         found.append(i)
     assert sorted(found) == list(range(30))
     assert 5 <= flipped <= 25
+
+
+def test_a_set_to_test_on_alone_needs_no_train(genomes: Path) -> None:
+    data = module(genomes, split_rules=[{"split": "test"}])
+    data.setup("test")
+    assert data.train is None
+    assert data.test is not None
+    assert len(data.test) == 6 * 100
+    with pytest.raises(UserError, match="leaves nothing to train on"):
+        data.train_dataloader()
 
 
 def test_evaluation_windows_can_be_capped_evenly(genomes: Path) -> None:

@@ -7,9 +7,9 @@ from Bio.Seq import Seq
 
 from seqssm.data.dna import report as module
 from seqssm.data.dna.indexing import Sequences
+from seqssm.data.dna.library import Library
 from seqssm.data.dna.report import overlapping, shared_kmers, shared_sequences
 from seqssm.data.dna.sampling import Windows
-from seqssm.data.dna.sources import Library
 
 
 def make(letters: list[str]) -> tuple[Library, Windows]:

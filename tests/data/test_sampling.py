@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 
 from seqssm.data.dna.alphabet import PAD, N, decode, encode, reverse_complement
 from seqssm.data.dna.indexing import Sequences
+from seqssm.data.dna.library import Library
 from seqssm.data.dna.sampling import (
     EpochSampler,
     ResumableLoader,
@@ -21,7 +22,6 @@ from seqssm.data.dna.sampling import (
     grid_windows,
     within_n_cap,
 )
-from seqssm.data.dna.sources import Library
 from seqssm.errors import UserError
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from seqssm.data.dna.indexing import Sequences
-from seqssm.data.dna.sources import Library, Regions
+from seqssm.data.dna.library import Library, Regions
 from seqssm.data.dna.splits import SplitPlan, split_regions
 from seqssm.errors import UserError
 
