@@ -1,0 +1,255 @@
+"""Backend "triton": the selective scan on the GPU; the README derives it and states its cost against the limit."""
+
+import os
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import triton
+from torch import Tensor
+
+from seqssm.kernels.selective_scan.op import CHUNK
+from seqssm.kernels.selective_scan.triton_backward import gradient_kernel, history_kernel, unpack_kernel
+from seqssm.kernels.selective_scan.triton_forward import pack_kernel, pass_states_kernel, scan_kernel, step_kernel
+from seqssm.kernels.selective_scan.triton_tiles import lane_number_assembly, lane_sum_assembly
+
+_LOG2E = 1.4426950408889634
+_INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+# Tokens of a tile, channels of a program, tokens of a forward segment: fixed, so that no length is ever tuned again.
+_FORWARD_TILE, _FORWARD_BLOCK, _SEGMENT = 8, 64, 512
+_BACKWARD_TILE, _BACKWARD_BLOCK = 8, 64
+# Bytes for the states entering each tile: the backward pass takes the length in slabs that fit.
+_HISTORY_BYTES = 256 << 20
+
+
+def forward(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    initial_state: Tensor | None,
+    seq_idx: Tensor | None,
+    reverse: tuple[bool, ...],
+    save_states: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y (b, l, d), the final state (b, d, n) and the states entering every CHUNK tokens (b, chunks, d, n)."""
+    b, l, d = u.shape
+    n = A.shape[1]
+    g = B.shape[2]
+    mask = _reverse_mask(reverse)
+    y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
+    final_state = _float32(b, d, n, like=u)
+    states = _float32(b, triton.cdiv(l, CHUNK), d, n, like=u) if save_states else _float32(0, like=u)
+    segments = triton.cdiv(l, _SEGMENT)
+    A2 = _transposed_log2(A)
+    carry = _float32(b, segments, n, d, like=u)
+    initial_state = _contiguous32(initial_state)
+    with _device(u):
+        packed, tiles = _pack(B, C, 0, l, l, mask, _FORWARD_TILE)
+        total_steps = _float32(b, segments, d, like=u) if segments > 1 else None
+        grid = b * _blocks(d, g, _FORWARD_BLOCK)
+
+        def scan(programs: int, summary: bool) -> None:
+            scan_kernel[(programs,)](
+                u, delta, z, y, packed, A2, D, delta_bias, carry, total_steps, initial_state, final_state,
+                states if save_states else None, seq_idx,
+                *u.stride(), *delta.stride(), *_strides(z, 3), *_strides(seq_idx, 2),
+                l, d, d // g, g, n, segments, tiles, mask,
+                SOFTPLUS=delta_softplus, SUMMARY=summary, CARRIED=segments > 1, SEGMENT=_SEGMENT, CHUNK=CHUNK,
+                TILE=_FORWARD_TILE, BLOCK=_FORWARD_BLOCK, num_warps=1,
+            )  # fmt: skip
+
+        if segments > 1:
+            scan(grid * (segments - 1), True)
+            _pass_states(carry, total_steps, A2, initial_state, None, segments, backward=False)
+        scan(grid * segments, False)
+    return y, final_state, states
+
+
+def backward(
+    dy: Tensor,
+    dfinal_state: Tensor,
+    states: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    initial_state: Tensor | None,
+    seq_idx: Tensor | None,
+    reverse: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of u, delta, A, B, C, D, z, delta_bias and initial_state; slabs of chunks, last to first."""
+    b, l, d = u.shape
+    n = A.shape[1]
+    g = B.shape[2]
+    mask = _reverse_mask(reverse)
+    tile, block = _BACKWARD_TILE, _BACKWARD_BLOCK
+    chunks = triton.cdiv(l, CHUNK)
+    slab = max(1, min(chunks, _HISTORY_BYTES // (4 * b * (CHUNK // tile) * n * d)))
+    A2 = _transposed_log2(A)
+    du, ddelta = (torch.empty(u.shape, dtype=x.dtype, device=u.device) for x in (u, delta))
+    dz = None if z is None else torch.empty(u.shape, dtype=z.dtype, device=u.device)
+    dB, dC = (torch.empty(B.shape, dtype=x.dtype, device=u.device) for x in (B, C))
+    blocks = _blocks(d, g, block) // g
+    history = _float32(b, slab * (CHUNK // tile), n, d, like=u)
+    adjoint, dA = (_float32(b, slab, n, d, like=u) for _ in range(2))
+    total_steps, dD, dbias = (_float32(b, slab, d, like=u) for _ in range(3))
+    dpacked = _float32(b, g, blocks, n, slab * (CHUNK // tile), 2, tile, like=u)
+    dstate = _contiguous32(dfinal_state).clone()
+    with _device(u):
+        # From the last slab to the first, which takes the odd rest: what it adds to is there by then.
+        for end in range(chunks, 0, -slab):
+            count = min(slab, end)
+            first = end - count
+            packed, tiles = _pack(B, C, first * CHUNK, count * CHUNK, l, mask, tile)
+            inputs = (u, delta, z, dy, packed, A2)
+            strides = (*u.stride(), *delta.stride(), *_strides(z, 3), *dy.stride(), *_strides(seq_idx, 2))
+            grid = (b * count * g * blocks,)
+            history_kernel[grid](
+                *inputs, delta_bias, states, history, adjoint, total_steps, seq_idx, *strides,
+                l, d, d // g, g, n, first, chunks, count, mask,
+                SOFTPLUS=delta_softplus, CHUNK=CHUNK, TILE=tile, BLOCK=block, num_warps=1,
+            )  # fmt: skip
+            _pass_states(adjoint, total_steps, A2, dstate, dstate, count, backward=True)
+            gradient_kernel[grid](
+                *inputs, D, delta_bias, history, adjoint, seq_idx, du, ddelta, dz, dpacked, dA, dD, dbias, *strides,
+                l, d, d // g, g, n, first, count, mask,
+                SOFTPLUS=delta_softplus, ACCUMULATE=end < chunks, CHUNK=CHUNK,
+                TILE=tile, BLOCK=block, **_warp_sums(tile, block), num_warps=1,
+            )  # fmt: skip
+            block_t, block_n = _pack_block(count * CHUNK, n)
+            unpack_kernel[(b * g * triton.cdiv(count * CHUNK, block_t),)](
+                dpacked, dB, dC, first * CHUNK, tiles, l, g, blocks, n, mask,
+                TILE=tile, BLOCK_T=block_t, BLOCK_N=block_n,
+            )  # fmt: skip
+    dA = dA.sum((0, 1)).t()
+    dD = None if D is None else dD.sum((0, 1))
+    dbias = None if delta_bias is None else dbias.sum((0, 1))
+    return du, ddelta, dA, dB, dC, dD, dz, dbias, None if initial_state is None else dstate
+
+
+def step(
+    state: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+) -> Tensor:
+    """One token: the state (b, d, n) in place, returns y (b, d). One launch, so a CUDA graph can hold it."""
+    b, d = u.shape
+    n, g = A.shape[1], B.shape[1]
+    y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
+    block_n = min(triton.next_power_of_2(n), 32)
+    block = 1024 // block_n if d > 4096 else 256 // block_n
+    with _device(u):
+        step_kernel[(b * triton.cdiv(d, block),)](
+            state, u, delta, A, B, C, D, z, delta_bias, y,
+            *state.stride(), *u.stride(), *delta.stride(), *A.stride(), *B.stride(), *C.stride(), *_strides(z, 2),
+            d, g, n, SOFTPLUS=delta_softplus, BLOCK=block, BLOCK_N=block_n, num_warps=2,
+        )  # fmt: skip
+    return y
+
+
+def _pass_states(
+    carry: Tensor,
+    total_steps: Tensor,
+    A2: Tensor,
+    entering: Tensor | None,
+    leaving: Tensor | None,
+    segments: int,
+    backward: bool,
+) -> None:
+    b, _, n, d = carry.shape
+    block = 32
+    pass_states_kernel[(b * triton.cdiv(n * d, block),)](
+        carry, total_steps, A2, entering, leaving, segments, d, n,
+        BACKWARD=backward, UNROLL=4 if _INTERPRET else 32, BLOCK=block, num_warps=1,
+    )  # fmt: skip
+
+
+def _pack(
+    B: Tensor, C: Tensor, start: int, tokens: int, length: int, reverse_mask: int, tile: int
+) -> tuple[Tensor, int]:
+    """B and C (b, l, g, n) of ``tokens`` tokens from ``start``, in scan order and float32, as pairs in int64
+    (b, g, n, tiles, 2, tile/2); and the number of tiles."""
+    b, _, g, n = B.shape
+    tiles = triton.cdiv(tokens, tile)
+    packed = _float32(b, g, n, tiles, 2, tile, like=B)
+    block_t, block_n = _pack_block(tokens, n)
+    pack_kernel[(b * g * triton.cdiv(tiles * tile, block_t),)](
+        B, C, packed, *B.stride(), *C.stride(), start, tiles, length, g, n, reverse_mask,
+        TILE=tile, BLOCK_T=block_t, BLOCK_N=block_n,
+    )  # fmt: skip
+    return packed.view(torch.int64), tiles
+
+
+def _warp_sums(tile: int, block: int) -> dict[str, str | int | None]:
+    """The assembly with which ``gradient_kernel`` sums over channels; none in the interpreter, which has no warps."""
+    pack = block // 32
+    if _INTERPRET:
+        return {"PACK": pack, "SUM": None, "SUM_REGISTERS": None, "LANE": None, "LANE_REGISTERS": None}
+    add, add_registers = lane_sum_assembly((2 * tile).bit_length() - 1, pack)
+    lane, lane_registers = lane_number_assembly(pack)
+    return {
+        "PACK": pack,
+        "SUM": add,
+        "SUM_REGISTERS": add_registers,
+        "LANE": lane,
+        "LANE_REGISTERS": lane_registers,
+    }
+
+
+def _pack_block(tokens: int, states: int) -> tuple[int, int]:
+    """Tokens and states of a program of the pack and unpack kernels."""
+    return 128, min(triton.next_power_of_2(states), 32)
+
+
+def _blocks(channels: int, groups: int, block: int) -> int:
+    """Programs that cover all channels, none with channels of two groups."""
+    return groups * triton.cdiv(channels // groups, block)
+
+
+def _reverse_mask(reverse: Sequence[bool]) -> int:
+    if any(reverse) and len(reverse) > 63:
+        raise ValueError(
+            f"backend 'triton' takes at most 63 groups in reverse, got {len(reverse)}: use backend='torch'"
+        )
+    return sum(1 << i for i, r in enumerate(reverse) if r)
+
+
+def _transposed_log2(A: Tensor) -> Tensor:
+    """A log2(e) as (n, d) float32: the kernels exponentiate to base 2, and read one state of many channels at once."""
+    result = torch.empty(A.shape[::-1], dtype=torch.float32, device=A.device)
+    return torch.mul(A.t(), _LOG2E, out=result)
+
+
+def _float32(*shape: int, like: Tensor) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device=like.device)
+
+
+def _contiguous32(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.to(torch.float32).contiguous()
+
+
+def _strides(x: Tensor | None, dims: int) -> tuple[int, ...]:
+    return (0,) * dims if x is None else x.stride()
+
+
+def _device(x: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device: make it that of ``x``."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

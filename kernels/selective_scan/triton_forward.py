@@ -1,0 +1,247 @@
+"""Triton kernels of the forward selective scan: pack B and C, scan a segment, pass states between segments, one step.
+
+Segments of the length are scanned side by side. ``scan_kernel`` first gives each segment's end state from zero and its
+total step size, ``pass_states_kernel`` turns these into the state entering each segment, and ``scan_kernel`` runs again
+from there and writes y. A segment's decay is exp(A sum(delta)): one number a channel besides the states.
+"""
+
+import triton
+import triton.language as tl
+
+from seqssm.kernels.selective_scan.triton_tiles import (
+    LOG2E,
+    load_keeps,
+    load_numbers,
+    load_tile,
+    locate,
+    products,
+    rows,
+    sigmoid,
+    softplus,
+    step_sizes,
+    store_tile,
+)
+
+
+@triton.jit(do_not_specialize=["start", "tiles", "length", "reverse_mask"])
+def pack_kernel(
+    B, C, packed,
+    B_b, B_t, B_g, B_n, C_b, C_t, C_g, C_n,
+    start, tiles, length, groups, states, reverse_mask,
+    TILE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """B and C (b, l, g, n) from scan time ``start`` to float32 packed (b, g, n, tiles, 2, TILE), zeros past the end."""
+    blocks = tl.cdiv(tiles * TILE, BLOCK_T)
+    pid = tl.program_id(0)
+    group = (pid // blocks) % groups
+    batch = (pid // (blocks * groups)).to(tl.int64)
+    t = (pid % blocks) * BLOCK_T + tl.arange(0, BLOCK_T)
+    time = start + t
+    token = tl.where(((reverse_mask >> group) & 1) != 0, length - 1 - time, time).to(tl.int64)
+    out = packed + (batch * groups + group) * states * tiles * (2 * TILE) + t // TILE * (2 * TILE) + t % TILE
+    for n0 in range(0, states, BLOCK_N):
+        n = n0 + tl.arange(0, BLOCK_N)
+        inside = (time < length)[:, None] & (n < states)[None, :]
+        written = (t < tiles * TILE)[:, None] & (n < states)[None, :]
+        at = out[:, None] + n.to(tl.int64)[None, :] * (tiles * 2 * TILE)
+        x = tl.load(B + batch * B_b + group * B_g + token[:, None] * B_t + n[None, :] * B_n, mask=inside, other=0.0)
+        tl.store(at, x.to(tl.float32), mask=written)
+        x = tl.load(C + batch * C_b + group * C_g + token[:, None] * C_t + n[None, :] * C_n, mask=inside, other=0.0)
+        tl.store(at + TILE, x.to(tl.float32), mask=written)
+
+
+@triton.jit(do_not_specialize=["length", "segments", "tiles", "reverse_mask"])
+def scan_kernel(
+    u, delta, z, y, packed, A2, D, bias, carry, total_steps, initial_state, final_state, saved, seq_idx,
+    u_b, u_t, u_c, delta_b, delta_t, delta_c, z_b, z_t, z_c, seq_b, seq_t,
+    length, channels, per_group, groups, states, segments, tiles, reverse_mask,
+    SOFTPLUS: tl.constexpr, SUMMARY: tl.constexpr, CARRIED: tl.constexpr, SEGMENT: tl.constexpr, CHUNK: tl.constexpr,
+    TILE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Scan one segment of SEGMENT tokens.
+
+    ``carry`` (b, segments, n, d) holds the running state. With SUMMARY the scan starts from zero, leaves the end state
+    there and writes the sum of the step sizes to ``total_steps`` (b, segments, d), infinite where a reset cuts the past
+    off. Else it starts from ``carry`` (from ``initial_state`` unless CARRIED), writes y, the final state, and into
+    ``saved`` (b, chunks, d, n) the state entering every CHUNK tokens. ``A2`` (n, d) is A log2(e), transposed.
+    """
+    if SUMMARY:  # nothing needs the summary of the last segment
+        batch, segment, group, _, c, mask = locate(per_group, groups, segments - 1, BLOCK)
+    else:
+        batch, segment, group, _, c, mask = locate(per_group, groups, segments, BLOCK)
+    direction = 1 - 2 * ((reverse_mask >> group) & 1)
+    begin = segment * SEGMENT
+    tokens = tl.minimum(length - begin, SEGMENT)
+    u_row, u_step = rows(u, batch, begin, length, direction, u_b, u_t)
+    delta_row, delta_step = rows(delta, batch, begin, length, direction, delta_b, delta_t)
+    pairs = tiles.to(tl.int64) * TILE
+    packed += (batch * groups + group) * states * pairs + begin
+    carry += (batch * segments + segment) * states * channels
+    chunks = tl.cdiv(length, CHUNK)
+    offset = tl.zeros([BLOCK], tl.float32)
+    if bias is not None:
+        offset = tl.load(bias + c, mask=mask, other=0.0).to(tl.float32)
+    if SUMMARY:
+        total = tl.zeros([BLOCK], tl.float32)
+        kept = tl.full((), 1.0, tl.float32)
+    else:
+        y_row, y_step = rows(y, batch, begin, length, direction, length.to(tl.int64) * channels, channels)
+        if z is not None:
+            z_row, z_step = rows(z, batch, begin, length, direction, z_b, z_t)
+        skip = tl.zeros([BLOCK], tl.float32)
+        if D is not None:
+            skip = tl.load(D + c, mask=mask, other=0.0).to(tl.float32)
+    if not SUMMARY and not CARRIED:
+        for i in range(states):
+            h = tl.zeros([BLOCK], tl.float32)
+            if initial_state is not None:
+                h = tl.load(initial_state + (batch * channels + c) * states + i, mask=mask, other=0.0)
+            tl.store(carry + i * channels + c, h, mask=mask)
+    for t in range(0, tokens, TILE):
+        count = tokens - t
+        inputs = load_tile(u_row, u_step, c * u_c, mask, count, TILE)
+        steps = step_sizes(
+            load_tile(delta_row, delta_step, c * delta_c, mask, count, TILE), offset, count, SOFTPLUS, TILE
+        )
+        drives = products(inputs, steps, TILE)
+        if seq_idx is not None:
+            keeps = load_keeps(seq_idx, batch, begin + t, length, direction, seq_b, seq_t, count, TILE)
+        outputs = ()
+        if SUMMARY:
+            for j in tl.static_range(TILE):
+                total += steps[j]
+                if seq_idx is not None:
+                    kept *= keeps[j]
+        else:
+            for j in tl.static_range(TILE):
+                outputs += (skip * inputs[j],)
+        if not SUMMARY and saved is not None:
+            if t % CHUNK == 0:
+                chunk = batch * chunks + (begin + t) // CHUNK
+                for i in range(states):
+                    h = tl.load(carry + i * channels + c, mask=mask)
+                    tl.store(saved + (chunk * channels + c) * states + i, h, mask=mask)
+        for i in range(states):
+            a2 = tl.load(A2 + i * channels + c, mask=mask, other=0.0)
+            b = load_numbers(packed + i * pairs + t, TILE)
+            if SUMMARY:
+                h = tl.load(carry + i * channels + c, mask=mask & (t > 0), other=0.0)
+            else:
+                h = tl.load(carry + i * channels + c, mask=mask, other=0.0)
+                read = load_numbers(packed + i * pairs + t + TILE // 2, TILE)
+            results = ()
+            for j in tl.static_range(TILE):
+                decay = tl.exp2(steps[j] * a2)
+                if seq_idx is not None:
+                    decay *= keeps[j]
+                h = decay * h + drives[j] * b[j]
+                if not SUMMARY:
+                    results += (outputs[j] + h * read[j],)
+            outputs = results
+            tl.store(carry + i * channels + c, h, mask=mask)
+        if not SUMMARY:
+            if z is not None:
+                gates = load_tile(z_row, z_step, c * z_c, mask, count, TILE)
+                gated = ()
+                for j in tl.static_range(TILE):
+                    gated += (outputs[j] * gates[j] * sigmoid(gates[j]),)
+                outputs = gated
+                z_row += TILE * z_step
+            store_tile(y_row, y_step, c, mask, count, outputs, TILE)
+            y_row += TILE * y_step
+        u_row += TILE * u_step
+        delta_row += TILE * delta_step
+    if SUMMARY:
+        if seq_idx is not None:
+            total = tl.where(kept == 0.0, float("inf"), total)
+        tl.store(total_steps + (batch * segments + segment) * channels + c, total, mask=mask)
+    elif segment == segments - 1:
+        for i in range(states):
+            h = tl.load(carry + i * channels + c, mask=mask)
+            tl.store(final_state + (batch * channels + c) * states + i, h, mask=mask)
+
+
+@triton.jit(do_not_specialize=["segments"])
+def pass_states_kernel(
+    carry, total_steps, A2, entering, leaving, segments, channels, states,
+    BACKWARD: tl.constexpr, UNROLL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Turn ``carry`` (b, segments, n, d) in place from what each segment yields by itself into what enters it.
+
+    ``entering``, ``leaving`` (b, d, n) or None: what enters the first segment and leaves the last. BACKWARD goes from
+    the last segment to the first. Memory is read UNROLL segments ahead of the recurrence.
+    """
+    size = channels * states
+    blocks = tl.cdiv(size, BLOCK)
+    batch = (tl.program_id(0) // blocks).to(tl.int64)
+    lane = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    mask = lane < size
+    c = lane % channels
+    corner = batch * size + c * states + lane // channels
+    a2 = tl.load(A2 + lane, mask=mask, other=0.0)
+    h = tl.zeros([BLOCK], tl.float32)
+    if entering is not None:
+        h = tl.load(entering + corner, mask=mask, other=0.0)
+    first = batch * segments
+    carry += first * size + lane
+    total_steps += first * channels + c
+    size_step, channel_step = size, channels
+    if BACKWARD:
+        carry += (segments - 1).to(tl.int64) * size
+        total_steps += (segments - 1).to(tl.int64) * channels
+        size_step, channel_step = -size, -channels
+    for s in range(0, segments, UNROLL):
+        ends = ()
+        totals = ()
+        for j in tl.static_range(UNROLL):
+            inside = mask & (s + j < segments)
+            ends += (tl.load(carry + j * size_step, mask=inside, other=0.0),)
+            totals += (tl.load(total_steps + j * channel_step, mask=inside, other=0.0),)
+        for j in tl.static_range(UNROLL):
+            tl.store(carry + j * size_step, h, mask=mask & (s + j < segments))
+            h = tl.where(totals[j] == float("inf"), 0.0, tl.exp2(a2 * totals[j])) * h + ends[j]
+        carry += UNROLL * size_step.to(tl.int64)
+        total_steps += UNROLL * channel_step.to(tl.int64)
+    if leaving is not None:
+        tl.store(leaving + corner, h, mask=mask)
+
+
+@triton.jit
+def step_kernel(
+    state, u, delta, A, B, C, D, z, bias, y,
+    state_b, state_d, state_n, u_b, u_c, delta_b, delta_c, A_d, A_n, B_b, B_g, B_n, C_b, C_g, C_n, z_b, z_c,
+    channels, groups, states,
+    SOFTPLUS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One token: the state (b, d, n) in place, y (b, d)."""
+    blocks = tl.cdiv(channels, BLOCK)
+    batch = (tl.program_id(0) // blocks).to(tl.int64)
+    c = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    inside = c < channels
+    group = c // (channels // groups)
+    x = tl.load(u + batch * u_b + c * u_c, mask=inside, other=0.0).to(tl.float32)
+    step = tl.load(delta + batch * delta_b + c * delta_c, mask=inside, other=0.0).to(tl.float32)
+    if bias is not None:
+        step += tl.load(bias + c, mask=inside, other=0.0).to(tl.float32)
+    if SOFTPLUS:
+        step = softplus(step)
+    out = tl.zeros([BLOCK], tl.float32)
+    if D is not None:
+        out += x * tl.load(D + c, mask=inside, other=0.0).to(tl.float32)
+    for n0 in range(0, states, BLOCK_N):
+        n = n0 + tl.arange(0, BLOCK_N)
+        mask = inside[:, None] & (n < states)[None, :]
+        a = tl.load(A + c[:, None] * A_d + n[None, :] * A_n, mask=mask, other=0.0).to(tl.float32)
+        at_b = B + batch * B_b + group[:, None] * B_g + n[None, :] * B_n
+        b = tl.load(at_b, mask=mask, other=0.0).to(tl.float32)
+        at_c = C + batch * C_b + group[:, None] * C_g + n[None, :] * C_n
+        read = tl.load(at_c, mask=mask, other=0.0).to(tl.float32)
+        at = state + batch * state_b + c[:, None] * state_d + n[None, :] * state_n
+        h = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+        h = h * tl.exp2(step[:, None] * (a * LOG2E)) + (step * x)[:, None] * b
+        tl.store(at, h.to(state.dtype.element_ty), mask=mask)
+        out += tl.sum(h * read, axis=1)
+    if z is not None:
+        gate = tl.load(z + batch * z_b + c * z_c, mask=inside, other=0.0).to(tl.float32)
+        out *= gate * sigmoid(gate)
+    tl.store(y + batch * channels + c, out.to(y.dtype.element_ty), mask=inside)
