@@ -98,13 +98,28 @@ class Task(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         c = self.optimizer_config
         optimizer = torch.optim.AdamW(parameter_groups(self, c.weight_decay), lr=c.lr, betas=(c.beta1, c.beta2))
-        total = self.trainer.estimated_stepping_batches
-        if total == float("inf"):
-            raise UserError(
-                "trainer.max_epochs or trainer.max_steps must be set: the learning rate follows a cosine to the end"
-            )
-        schedule = warmup_cosine(optimizer, int(c.warmup_fraction * total), int(total), c.final_fraction)
+        total = self._total_steps()
+        schedule = warmup_cosine(optimizer, int(c.warmup_fraction * total), total, c.final_fraction)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _total_steps(self) -> int:
+        """Optimizer steps of the whole run.
+
+        ``trainer.estimated_stepping_batches`` would say so too, but it sets up the training loader before Lightning
+        restores a checkpoint, which then forgets where in the epoch that loader was.
+        """
+        trainer, datamodule = self.trainer, getattr(self.trainer, "datamodule", None)
+        if datamodule is None:
+            total = trainer.estimated_stepping_batches
+        else:
+            batches, limit = len(datamodule.train_dataloader()), trainer.limit_train_batches
+            batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+            epochs = float("inf") if trainer.max_epochs in (None, -1) else trainer.max_epochs
+            total = -(-batches // trainer.accumulate_grad_batches) * epochs
+            total = total if trainer.max_steps == -1 else min(total, trainer.max_steps)
+        if total == float("inf"):
+            raise UserError("set trainer.max_epochs or trainer.max_steps: the learning rate falls to the run's end")
+        return int(total)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         # Dropout and other random choices depend on the step alone: a resumed run repeats an uninterrupted one.
@@ -117,7 +132,14 @@ class Task(pl.LightningModule):
     # ---- checkpoints -------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint[CHECKPOINT_KEY] = {**self.describe(), "base_seed": self._base_seed}
+        checkpoint[CHECKPOINT_KEY] = {**self.describe(), "data": self._describe_data(), "base_seed": self._base_seed}
+
+    def _describe_data(self) -> dict[str, Any]:
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if datamodule is None:
+            return {}
+        arguments = {key: value for key, value in datamodule.hparams.items() if not key.startswith("_")}
+        return {"class_path": class_path(type(datamodule)), "init_args": arguments}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._base_seed = checkpoint.get(CHECKPOINT_KEY, {}).get("base_seed")
@@ -169,14 +191,8 @@ def read_checkpoint(checkpoint: str | Path) -> Loaded:
         ) from error
     if not isinstance(content, dict) or CHECKPOINT_KEY not in content:
         raise UserError(f"{path}: not a checkpoint of a seqssm task; train one with `seqssm fit`")
-    data = dict(content.get("datamodule_hyper_parameters", {}))
-    data.pop("_instantiator", None)
-    data_class = data.pop("_class_path", None)
-    return Loaded(
-        content[CHECKPOINT_KEY],
-        content["state_dict"],
-        {"class_path": data_class, "init_args": data} if data_class else {},
-    )
+    description = content[CHECKPOINT_KEY]
+    return Loaded(description, content["state_dict"], description.get("data", {}))
 
 
 def load_task(checkpoint: str | Path, expected: type[T]) -> T:

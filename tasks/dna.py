@@ -178,6 +178,6 @@ class DNAClassification(Task):
 
         counts = self.confusion[split].compute()
         self.confusion[split].reset()
-        folder = self.trainer.log_dir
+        folder = self.trainer.log_dir if self.trainer.loggers else None
         if folder and self.trainer.is_global_zero and not self.trainer.sanity_checking:
             confusion_matrix_png(counts.cpu().numpy(), self.labels, Path(folder) / f"confusion_{split}.png")
