@@ -20,7 +20,7 @@ from torchmetrics.classification import (
 
 from seqssm.backbone import Backbone, BackboneConfig
 from seqssm.data import DNABatch
-from seqssm.data.dna.alphabet import VOCABULARY_SIZE, complement, reverse_complement
+from seqssm.data.dna.alphabet import VOCABULARY_SIZE, N, complement, reverse_complement
 from seqssm.tasks.base import OptimizerConfig, Task
 
 
@@ -30,6 +30,8 @@ class DNAClassification(Task):
     Args:
         labels: class names in the order of the outputs; the command line takes them from the data.
         backbone: the model; ``reverse_complement: true`` in it makes the answer the same for both strands, exactly.
+        kmer: embed each position not only as its base but also as the k-mer that ends there, read along the strand:
+            composition is then one linear layer away. 1 for bases alone.
         pooling: how positions become one vector: their mean, or the last real one (for causal models).
         label_smoothing: share of the target spread evenly over the classes.
         class_weights: one weight a class, ``balanced`` (inverse frequency in the training windows), or none.
@@ -44,6 +46,7 @@ class DNAClassification(Task):
         self,
         labels: list[str],
         backbone: BackboneConfig = BackboneConfig(),  # noqa: B008 - frozen
+        kmer: int = 1,
         pooling: Literal["mean", "last"] = "mean",
         label_smoothing: float = 0.0,
         class_weights: list[float] | Literal["balanced"] | None = None,
@@ -56,12 +59,14 @@ class DNAClassification(Task):
             optimizer,
             init_from,
             labels=list(labels),
+            kmer=kmer,
             pooling=pooling,
             label_smoothing=label_smoothing,
             class_weights=class_weights,
             average_strands=average_strands,
         )
         self.labels = list(labels)
+        self.kmer = kmer
         self.pooling = pooling
         self.label_smoothing = label_smoothing
         self.class_weights = class_weights
@@ -70,6 +75,9 @@ class DNAClassification(Task):
         config = self.backbone_config
         self.embedding = nn.Embedding(VOCABULARY_SIZE, config.d_model)
         nn.init.normal_(self.embedding.weight, std=0.02)
+        if kmer > 1:
+            self.kmer_embedding = nn.Embedding(4**kmer + 1, config.d_model, padding_idx=4**kmer)
+            nn.init.zeros_(self.kmer_embedding.weight)
         self.backbone = Backbone(config)
         self.head = nn.Linear(config.d_model, len(labels))
         weights = class_weights if isinstance(class_weights, list) else [1.0] * len(labels)
@@ -100,9 +108,9 @@ class DNAClassification(Task):
             (b, c) float32 logits. Padding and neighbours in the batch do not change them.
         """
         length = tokens.shape[1]
-        x = self.embedding(tokens.long())  # (b, l, d)
+        x = self._embed(tokens, reverse=False)  # (b, l, d)
         if self.backbone_config.reverse_complement:
-            x = torch.cat([x, self.embedding(complement(tokens).long())], dim=-1)  # (b, l, 2d): two strands
+            x = torch.cat([x, self._embed(complement(tokens), reverse=True)], dim=-1)  # (b, l, 2d): two strands
         real = torch.arange(length, device=tokens.device) < lengths[:, None]  # (b, l)
         padded = not bool(real.all())
         # Padding precedes the real tokens of a backward scan: its own segment keeps it out of their state.
@@ -111,6 +119,10 @@ class DNAClassification(Task):
         pooled = self._pool(y, lengths, real if padded else None)
         with torch.autocast(device_type=pooled.device.type, enabled=False):
             return self.head(pooled)
+
+    def _embed(self, tokens: Tensor, reverse: bool) -> Tensor:
+        x = self.embedding(tokens.long())
+        return x if self.kmer == 1 else x + self.kmer_embedding(kmer_ids(tokens, self.kmer, reverse))
 
     def _pool(self, y: Tensor, lengths: Tensor, real: Tensor | None) -> Tensor:
         """(b, l, d or 2d) to (b, d), in float32 or wider; ``real`` (b, l) marks what is no padding, None: all."""
@@ -181,3 +193,26 @@ class DNAClassification(Task):
         folder = self.trainer.log_dir if self.trainer.loggers else None
         if folder and self.trainer.is_global_zero and not self.trainer.sanity_checking:
             confusion_matrix_png(counts.cpu().numpy(), self.labels, Path(folder) / f"confusion_{split}.png")
+
+
+def kmer_ids(tokens: Tensor, k: int, reverse: bool = False) -> Tensor:
+    """Number of the k-mer that ends at each position.
+
+    Args:
+        tokens: (b, l) integer token ids.
+        k: bases a k-mer.
+        reverse: read from right to left, so that a k-mer ends at its leftmost position.
+
+    Returns:
+        (b, l) int64: 0 to 4**k - 1, or 4**k where the k-mer leaves the sequence or holds anything but A, C, G and T.
+    """
+    length = tokens.shape[1]
+    ids = torch.zeros(tokens.shape, dtype=torch.long, device=tokens.device)
+    whole = torch.ones(tokens.shape, dtype=torch.bool, device=tokens.device)
+    for i in range(k):
+        # Position t sees token t - i, or t + i in reverse; what lies outside is no base.
+        shifted = F.pad(tokens[:, i:], (0, i), value=N) if reverse else F.pad(tokens, (i, 0), value=N)[:, :length]
+        shifted = shifted[:, :length]
+        ids += shifted.long() << (2 * i)
+        whole &= shifted < N
+    return ids.masked_fill(~whole, 4**k)

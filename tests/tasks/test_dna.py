@@ -11,10 +11,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from seqssm.backbone import BackboneConfig, MixerSpec
 from seqssm.data import DNABatch, DNADataModule
-from seqssm.data.dna.alphabet import reverse_complement
+from seqssm.data.dna.alphabet import encode, reverse_complement
 from seqssm.errors import UserError
 from seqssm.tasks.base import OptimizerConfig, Task, load_task, read_checkpoint
-from seqssm.tasks.dna import DNAClassification
+from seqssm.tasks.dna import DNAClassification, kmer_ids
 
 MAMBA = {"m": MixerSpec(class_path="seqssm.mixers.Mamba", init_args={"d_state": 4})}
 
@@ -58,11 +58,28 @@ def test_padding_and_neighbours_change_nothing(backbone: dict, pooling: str) -> 
 
 
 @pytest.mark.parametrize("pooling", ["mean", "last"])
-def test_strand_equivariant_backbone_gives_both_strands_one_answer(pooling: str) -> None:
-    task = make_task(backbone=BACKBONES["strands"], pooling=pooling)
+@pytest.mark.parametrize("kmer", [1, 3])
+def test_strand_equivariant_backbone_gives_both_strands_one_answer(pooling: str, kmer: int) -> None:
+    task = make_task(backbone=BACKBONES["strands"], pooling=pooling, kmer=kmer)
+    if kmer > 1:
+        torch.nn.init.normal_(task.kmer_embedding.weight)
     batch = random_batch([37, 64])
     other = reverse_complement(batch.tokens, batch.lengths)
     torch.testing.assert_close(task(batch.tokens, batch.lengths), task(other, batch.lengths), atol=1e-6, rtol=0)
+
+
+def test_kmer_ids_against_string_slices() -> None:
+    text = "ACGTNACCA"
+    tokens = torch.from_numpy(encode(text).copy())[None]
+    value = {"A": 0, "C": 1, "G": 2, "T": 3}
+    for k in (1, 2, 4, 12):
+        for reverse in (False, True):
+            expected = []
+            for t in range(len(text)):
+                kmer = text[t : t + k] if reverse else text[max(t - k + 1, 0) : t + 1][::-1]
+                whole = len(kmer) == k and "N" not in kmer
+                expected.append(sum(value[c] * 4**i for i, c in enumerate(kmer)) if whole else 4**k)
+            assert kmer_ids(tokens, k, reverse)[0].tolist() == expected
 
 
 def test_strand_average_is_the_mean_of_both_strands() -> None:
