@@ -1,8 +1,6 @@
 """Backend "triton": the selective scan on the GPU; the README derives it and states its cost against the limit."""
 
 import os
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import triton
@@ -11,13 +9,13 @@ from torch import Tensor
 from seqssm.kernels.selective_scan.op import CHUNK
 from seqssm.kernels.selective_scan.triton_backward import gradient_kernel, history_kernel, unpack_kernel
 from seqssm.kernels.selective_scan.triton_forward import pack_kernel, pass_states_kernel, scan_kernel, step_kernel
-from seqssm.kernels.selective_scan.triton_tiles import lane_number_assembly, lane_sum_assembly
+from seqssm.kernels.triton_tiles import lane_sum_assembly, reverse_mask, strides, thread_number_assembly, use_device
 
 _LOG2E = 1.4426950408889634
 _INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 # Tokens of a tile, channels of a program, tokens of a forward segment: fixed, so that no length is ever tuned again.
-_FORWARD_TILE, _FORWARD_BLOCK, _SEGMENT = 8, 64, 512
-_BACKWARD_TILE, _BACKWARD_BLOCK = 8, 64
+_FORWARD_TILE, _FORWARD_BLOCK, _FORWARD_WARPS, _SEGMENT = 8, 64, 1, 512
+_BACKWARD_TILE, _HISTORY_BLOCK, _HISTORY_WARPS, _GRADIENT_BLOCK, _GRADIENT_WARPS = 8, 64, 1, 64, 1
 # Bytes for the states entering each tile: the backward pass takes the length in slabs that fit.
 _HISTORY_BYTES = 256 << 20
 
@@ -41,7 +39,7 @@ def forward(
     b, l, d = u.shape
     n = A.shape[1]
     g = B.shape[2]
-    mask = _reverse_mask(reverse)
+    mask = reverse_mask(reverse)
     y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
     final_state = _float32(b, d, n, like=u)
     states = _float32(b, triton.cdiv(l, CHUNK), d, n, like=u) if save_states else _float32(0, like=u)
@@ -49,7 +47,7 @@ def forward(
     A2 = _transposed_log2(A)
     carry = _float32(b, segments, n, d, like=u)
     initial_state = _contiguous32(initial_state)
-    with _device(u):
+    with use_device(u):
         packed, tiles = _pack(B, C, 0, l, l, mask, _FORWARD_TILE)
         total_steps = _float32(b, segments, d, like=u) if segments > 1 else None
         grid = b * _blocks(d, g, _FORWARD_BLOCK)
@@ -58,10 +56,10 @@ def forward(
             scan_kernel[(programs,)](
                 u, delta, z, y, packed, A2, D, delta_bias, carry, total_steps, initial_state, final_state,
                 states if save_states else None, seq_idx,
-                *u.stride(), *delta.stride(), *_strides(z, 3), *_strides(seq_idx, 2),
+                *u.stride(), *delta.stride(), *strides(z, 3), *strides(seq_idx, 2),
                 l, d, d // g, g, n, segments, tiles, mask,
                 SOFTPLUS=delta_softplus, SUMMARY=summary, CARRIED=segments > 1, SEGMENT=_SEGMENT, CHUNK=CHUNK,
-                TILE=_FORWARD_TILE, BLOCK=_FORWARD_BLOCK, num_warps=1,
+                TILE=_FORWARD_TILE, BLOCK=_FORWARD_BLOCK, num_warps=_FORWARD_WARPS,
             )  # fmt: skip
 
         if segments > 1:
@@ -92,44 +90,45 @@ def backward(
     b, l, d = u.shape
     n = A.shape[1]
     g = B.shape[2]
-    mask = _reverse_mask(reverse)
-    tile, block = _BACKWARD_TILE, _BACKWARD_BLOCK
+    mask = reverse_mask(reverse)
+    tile, block = _BACKWARD_TILE, _GRADIENT_BLOCK
+    warps = 1 if _INTERPRET else _GRADIENT_WARPS
     chunks = triton.cdiv(l, CHUNK)
     slab = max(1, min(chunks, _HISTORY_BYTES // (4 * b * (CHUNK // tile) * n * d)))
     A2 = _transposed_log2(A)
     du, ddelta = (torch.empty(u.shape, dtype=x.dtype, device=u.device) for x in (u, delta))
     dz = None if z is None else torch.empty(u.shape, dtype=z.dtype, device=u.device)
     dB, dC = (torch.empty(B.shape, dtype=x.dtype, device=u.device) for x in (B, C))
-    blocks = _blocks(d, g, block) // g
+    programs = b * _blocks(d, g, block)  # a chunk
+    shares = programs // (b * g) * warps
     history = _float32(b, slab * (CHUNK // tile), n, d, like=u)
     adjoint, dA = (_float32(b, slab, n, d, like=u) for _ in range(2))
     total_steps, dD, dbias = (_float32(b, slab, d, like=u) for _ in range(3))
-    dpacked = _float32(b, g, blocks, n, slab * (CHUNK // tile), 2, tile, like=u)
+    dpacked = _float32(b, g, shares, n, slab * (CHUNK // tile), 2, tile, like=u)
     dstate = _contiguous32(dfinal_state).clone()
-    with _device(u):
+    with use_device(u):
         # From the last slab to the first, which takes the odd rest: what it adds to is there by then.
         for end in range(chunks, 0, -slab):
             count = min(slab, end)
             first = end - count
             packed, tiles = _pack(B, C, first * CHUNK, count * CHUNK, l, mask, tile)
             inputs = (u, delta, z, dy, packed, A2)
-            strides = (*u.stride(), *delta.stride(), *_strides(z, 3), *dy.stride(), *_strides(seq_idx, 2))
-            grid = (b * count * g * blocks,)
-            history_kernel[grid](
-                *inputs, delta_bias, states, history, adjoint, total_steps, seq_idx, *strides,
+            all_strides = (*u.stride(), *delta.stride(), *strides(z, 3), *dy.stride(), *strides(seq_idx, 2))
+            history_kernel[(b * count * _blocks(d, g, _HISTORY_BLOCK),)](
+                *inputs, delta_bias, states, history, adjoint, total_steps, seq_idx, *all_strides,
                 l, d, d // g, g, n, first, chunks, count, mask,
-                SOFTPLUS=delta_softplus, CHUNK=CHUNK, TILE=tile, BLOCK=block, num_warps=1,
+                SOFTPLUS=delta_softplus, CHUNK=CHUNK, TILE=tile, BLOCK=_HISTORY_BLOCK, num_warps=_HISTORY_WARPS,
             )  # fmt: skip
             _pass_states(adjoint, total_steps, A2, dstate, dstate, count, backward=True)
-            gradient_kernel[grid](
-                *inputs, D, delta_bias, history, adjoint, seq_idx, du, ddelta, dz, dpacked, dA, dD, dbias, *strides,
+            gradient_kernel[(programs * count,)](
+                *inputs, D, delta_bias, history, adjoint, seq_idx, du, ddelta, dz, dpacked, dA, dD, dbias, *all_strides,
                 l, d, d // g, g, n, first, count, mask,
                 SOFTPLUS=delta_softplus, ACCUMULATE=end < chunks, CHUNK=CHUNK,
-                TILE=tile, BLOCK=block, **_warp_sums(tile, block), num_warps=1,
+                TILE=tile, BLOCK=block, **_warp_sums(tile, block, warps), num_warps=warps,
             )  # fmt: skip
             block_t, block_n = _pack_block(count * CHUNK, n)
             unpack_kernel[(b * g * triton.cdiv(count * CHUNK, block_t),)](
-                dpacked, dB, dC, first * CHUNK, tiles, l, g, blocks, n, mask,
+                dpacked, dB, dC, first * CHUNK, tiles, l, g, shares, n, mask,
                 TILE=tile, BLOCK_T=block_t, BLOCK_N=block_n,
             )  # fmt: skip
     dA = dA.sum((0, 1)).t()
@@ -156,10 +155,10 @@ def step(
     y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
     block_n = min(triton.next_power_of_2(n), 32)
     block = 1024 // block_n if d > 4096 else 256 // block_n
-    with _device(u):
+    with use_device(u):
         step_kernel[(b * triton.cdiv(d, block),)](
             state, u, delta, A, B, C, D, z, delta_bias, y,
-            *state.stride(), *u.stride(), *delta.stride(), *A.stride(), *B.stride(), *C.stride(), *_strides(z, 2),
+            *state.stride(), *u.stride(), *delta.stride(), *A.stride(), *B.stride(), *C.stride(), *strides(z, 2),
             d, g, n, SOFTPLUS=delta_softplus, BLOCK=block, BLOCK_N=block_n, num_warps=2,
         )  # fmt: skip
     return y
@@ -198,19 +197,19 @@ def _pack(
     return packed.view(torch.int64), tiles
 
 
-def _warp_sums(tile: int, block: int) -> dict[str, str | int | None]:
+def _warp_sums(tile: int, block: int, warps: int) -> dict[str, str | int | None]:
     """The assembly with which ``gradient_kernel`` sums over channels; none in the interpreter, which has no warps."""
-    pack = block // 32
+    pack = block // (32 * warps)
     if _INTERPRET:
-        return {"PACK": pack, "SUM": None, "SUM_REGISTERS": None, "LANE": None, "LANE_REGISTERS": None}
+        return {"PACK": pack, "SUM": None, "SUM_REGISTERS": None, "THREAD": None, "THREAD_REGISTERS": None}
     add, add_registers = lane_sum_assembly((2 * tile).bit_length() - 1, pack)
-    lane, lane_registers = lane_number_assembly(pack)
+    thread, thread_registers = thread_number_assembly(pack)
     return {
         "PACK": pack,
         "SUM": add,
         "SUM_REGISTERS": add_registers,
-        "LANE": lane,
-        "LANE_REGISTERS": lane_registers,
+        "THREAD": thread,
+        "THREAD_REGISTERS": thread_registers,
     }
 
 
@@ -222,14 +221,6 @@ def _pack_block(tokens: int, states: int) -> tuple[int, int]:
 def _blocks(channels: int, groups: int, block: int) -> int:
     """Programs that cover all channels, none with channels of two groups."""
     return groups * triton.cdiv(channels // groups, block)
-
-
-def _reverse_mask(reverse: Sequence[bool]) -> int:
-    if any(reverse) and len(reverse) > 63:
-        raise ValueError(
-            f"backend 'triton' takes at most 63 groups in reverse, got {len(reverse)}: use backend='torch'"
-        )
-    return sum(1 << i for i, r in enumerate(reverse) if r)
 
 
 def _transposed_log2(A: Tensor) -> Tensor:
@@ -244,12 +235,3 @@ def _float32(*shape: int, like: Tensor) -> Tensor:
 
 def _contiguous32(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.to(torch.float32).contiguous()
-
-
-def _strides(x: Tensor | None, dims: int) -> tuple[int, ...]:
-    return (0,) * dims if x is None else x.stride()
-
-
-def _device(x: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device: make it that of ``x``."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

@@ -10,9 +10,9 @@ the states of a tile in registers and sums dB and dC over its channels; ``unpack
 import triton
 import triton.language as tl
 
-from seqssm.kernels.selective_scan.triton_tiles import (
+from seqssm.kernels.triton_tiles import (
     LN2,
-    lane_numbers,
+    thread_numbers,
     load_keeps,
     load_numbers,
     load_tile,
@@ -82,11 +82,19 @@ def history_kernel(
         grads = output_gradients(dy_row, dy_step, c * dy_c, z_row, z_step, c * z_c, z is not None, mask, count, TILE)
         if seq_idx is not None:
             keeps = load_keeps(seq_idx, batch, begin + t, length, direction, seq_b, seq_t, count, TILE)
+        next_a2 = tl.load(A2 + c, mask=mask, other=0.0)
+        next_h = tl.load(history + c, mask=mask, other=0.0)
+        next_g = tl.load(adjoint + c, mask=mask & (t > 0), other=0.0)
+        next_b = load_numbers(packed + t, TILE)
+        next_read = load_numbers(packed + t + TILE // 2, TILE)
         for i in range(states):
-            a2 = tl.load(A2 + i * channels + c, mask=mask, other=0.0)
-            b = load_numbers(packed + i * pairs + t, TILE)
-            read = load_numbers(packed + i * pairs + t + TILE // 2, TILE)
-            h = tl.load(history + i * channels + c, mask=mask, other=0.0)
+            a2, h, g_sum, b, read = next_a2, next_h, next_g, next_b, next_read
+            k = tl.minimum(i + 1, states - 1)
+            next_a2 = tl.load(A2 + k * channels + c, mask=mask, other=0.0)
+            next_h = tl.load(history + k * channels + c, mask=mask, other=0.0)
+            next_g = tl.load(adjoint + k * channels + c, mask=mask & (t > 0), other=0.0)
+            next_b = load_numbers(packed + k * pairs + t, TILE)
+            next_read = load_numbers(packed + k * pairs + t + TILE // 2, TILE)
             before = tl.exp2(a2 * total) * kept
             decays = ()
             for j in tl.static_range(TILE):
@@ -99,8 +107,7 @@ def history_kernel(
             g = decays[TILE - 1] * (read[TILE - 1] * grads[TILE - 1])
             for j in tl.static_range(1, TILE):
                 g = decays[TILE - 1 - j] * (read[TILE - 1 - j] * grads[TILE - 1 - j] + g)
-            g = before * g + tl.load(adjoint + i * channels + c, mask=mask & (t > 0), other=0.0)
-            tl.store(adjoint + i * channels + c, g, mask=mask)
+            tl.store(adjoint + i * channels + c, before * g + g_sum, mask=mask)
         for j in tl.static_range(TILE):
             total += steps[j]
             if seq_idx is not None:
@@ -123,22 +130,23 @@ def gradient_kernel(
     length, channels, per_group, groups, states, first_chunk, slab_chunks, reverse_mask,
     SOFTPLUS: tl.constexpr, ACCUMULATE: tl.constexpr, CHUNK: tl.constexpr,
     TILE: tl.constexpr, BLOCK: tl.constexpr, PACK: tl.constexpr,
-    SUM: tl.constexpr, SUM_REGISTERS: tl.constexpr, LANE: tl.constexpr, LANE_REGISTERS: tl.constexpr,
+    SUM: tl.constexpr, SUM_REGISTERS: tl.constexpr, THREAD: tl.constexpr, THREAD_REGISTERS: tl.constexpr,
 ):  # fmt: skip
     """All gradients of one chunk. ``adjoint`` holds what enters from behind and serves as the running g.
 
-    du, ddelta, dz (b, l, d); ``dpacked`` (b, g, blocks, n, slab_tiles, 2, TILE) takes dB and dC summed over this
-    program's channels; dA (b, slab_chunks, n, d), dD and dbias (b, slab_chunks, d) are this program's shares, on top of
+    du, ddelta, dz (b, l, d); ``dpacked`` (b, g, warps, n, slab_tiles, 2, TILE) takes dB and dC summed over each
+    warp's channels; dA (b, slab_chunks, n, d), dD and dbias (b, slab_chunks, d) are this program's shares, on top of
     what they hold with ACCUMULATE.
     """
     batch, chunk, group, block, c, mask = locate(per_group, groups, slab_chunks, BLOCK)
     direction = 1 - 2 * ((reverse_mask >> group) & 1)
     begin = (first_chunk + chunk) * CHUNK
     tokens = tl.minimum(length - begin, CHUNK)
-    blocks = tl.cdiv(per_group, BLOCK)
+    warps: tl.constexpr = BLOCK // (32 * PACK)
+    blocks = tl.cdiv(per_group, BLOCK) * warps
     pairs = slab_chunks.to(tl.int64) * CHUNK
     packed += (batch * groups + group) * states * pairs + chunk * CHUNK
-    dpacked += (((batch * groups + group) * blocks + block) * states * pairs + chunk * CHUNK) * 2
+    dpacked += (((batch * groups + group) * blocks + block * warps) * states * pairs + chunk * CHUNK) * 2
     share = batch * slab_chunks + chunk
     history += share * (CHUNK // TILE) * states * channels
     adjoint += share * states * channels
@@ -151,12 +159,14 @@ def gradient_kernel(
         skip = tl.load(D + c, mask=mask, other=0.0).to(tl.float32)
     dskip = tl.zeros([BLOCK], tl.float32)
     doffset = tl.zeros([BLOCK], tl.float32)
-    lane = lane_numbers(LANE, LANE_REGISTERS, PACK, BLOCK)
+    thread = thread_numbers(THREAD, THREAD_REGISTERS, PACK, BLOCK)
+    lane = thread % 32
     sharers: tl.constexpr = 32 // (2 * TILE)
+    warp_share = thread // 32 * states * pairs * 2 + lane // sharers
     dense = length.to(tl.int64) * channels
     tiles = tl.cdiv(tokens, TILE)
-    for k in range(tiles):
-        t = (tiles - 1 - k) * TILE
+    for back in range(tiles):
+        t = (tiles - 1 - back) * TILE
         count = tokens - t
         u_row, u_step = rows(u, batch, begin + t, length, direction, u_b, u_t)
         delta_row, delta_step = rows(delta, batch, begin + t, length, direction, delta_b, delta_t)
@@ -176,16 +186,22 @@ def gradient_kernel(
         ddrives = zeros(TILE, BLOCK)
         dsteps = zeros(TILE, BLOCK)
         tile_history = history + (t // TILE) * states * channels
-        again = mask & (ACCUMULATE | (k > 0))
-        ahead = tl.load(tile_history + c, mask=mask, other=0.0)
+        again = mask & (ACCUMULATE | (back > 0))
+        next_h = tl.load(tile_history + c, mask=mask, other=0.0)
+        next_a2 = tl.load(A2 + c, mask=mask, other=0.0)
+        next_g = tl.load(adjoint + c, mask=mask, other=0.0)
+        next_da = tl.load(dA + c, mask=again, other=0.0)
+        next_b = load_numbers(packed + t, TILE)
+        next_read = load_numbers(packed + t + TILE // 2, TILE)
         for i in range(states):
-            h = ahead
-            ahead = tl.load(tile_history + (i + 1) * channels + c, mask=mask & (i + 1 < states), other=0.0)
-            a2 = tl.load(A2 + i * channels + c, mask=mask, other=0.0)
-            g = tl.load(adjoint + i * channels + c, mask=mask, other=0.0)
-            da = tl.load(dA + i * channels + c, mask=again, other=0.0)
-            b = load_numbers(packed + i * pairs + t, TILE)
-            read = load_numbers(packed + i * pairs + t + TILE // 2, TILE)
+            h, a2, g, da, b, read = next_h, next_a2, next_g, next_da, next_b, next_read
+            k = tl.minimum(i + 1, states - 1)
+            next_h = tl.load(tile_history + k * channels + c, mask=mask, other=0.0)
+            next_a2 = tl.load(A2 + k * channels + c, mask=mask, other=0.0)
+            next_g = tl.load(adjoint + k * channels + c, mask=mask, other=0.0)
+            next_da = tl.load(dA + k * channels + c, mask=again, other=0.0)
+            next_b = load_numbers(packed + k * pairs + t, TILE)
+            next_read = load_numbers(packed + k * pairs + t + TILE // 2, TILE)
             decays = ()
             decayed = ()
             dread = ()
@@ -220,8 +236,9 @@ def gradient_kernel(
                 db += (backwards_db[TILE - 1 - j],)
                 ddrives += (backwards_drives[TILE - 1 - j],)
                 dsteps += (backwards_steps[TILE - 1 - j],)
-            sums = sum_lanes(db + dread, lane, SUM, SUM_REGISTERS, PACK, 2 * TILE, BLOCK)
-            tl.store(dpacked + (i * pairs + t) * 2 + lane // sharers, sums, mask=(lane >= 0) & (lane % sharers == 0))
+            sums = sum_lanes(db + dread, thread, SUM, SUM_REGISTERS, PACK, 2 * TILE, BLOCK)
+            at = dpacked + (i * pairs + t) * 2 + warp_share
+            tl.store(at, sums, mask=(thread >= 0) & (lane % sharers == 0))
         # The rows are read again rather than kept: registers are what this kernel is short of.
         t = opaque(t, SUM is None)
         count = tokens - t

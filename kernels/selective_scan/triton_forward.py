@@ -8,7 +8,7 @@ from there and writes y. A segment's decay is exp(A sum(delta)): one number a ch
 import triton
 import triton.language as tl
 
-from seqssm.kernels.selective_scan.triton_tiles import (
+from seqssm.kernels.triton_tiles import (
     LOG2E,
     load_keeps,
     load_numbers,
@@ -121,14 +121,21 @@ def scan_kernel(
                 for i in range(states):
                     h = tl.load(carry + i * channels + c, mask=mask)
                     tl.store(saved + (chunk * channels + c) * states + i, h, mask=mask)
+        # What the next state needs is read before this one is computed: the arithmetic hides the memory.
+        next_a2 = tl.load(A2 + c, mask=mask, other=0.0)
+        next_h = tl.load(carry + c, mask=mask & ((not SUMMARY) | (t > 0)), other=0.0)
+        next_b = load_numbers(packed + t, TILE)
+        next_read = ()
+        if not SUMMARY:
+            next_read = load_numbers(packed + t + TILE // 2, TILE)
         for i in range(states):
-            a2 = tl.load(A2 + i * channels + c, mask=mask, other=0.0)
-            b = load_numbers(packed + i * pairs + t, TILE)
-            if SUMMARY:
-                h = tl.load(carry + i * channels + c, mask=mask & (t > 0), other=0.0)
-            else:
-                h = tl.load(carry + i * channels + c, mask=mask, other=0.0)
-                read = load_numbers(packed + i * pairs + t + TILE // 2, TILE)
+            a2, h, b, read = next_a2, next_h, next_b, next_read
+            k = tl.minimum(i + 1, states - 1)
+            next_a2 = tl.load(A2 + k * channels + c, mask=mask, other=0.0)
+            next_h = tl.load(carry + k * channels + c, mask=mask & ((not SUMMARY) | (t > 0)), other=0.0)
+            next_b = load_numbers(packed + k * pairs + t, TILE)
+            if not SUMMARY:
+                next_read = load_numbers(packed + k * pairs + t + TILE // 2, TILE)
             results = ()
             for j in tl.static_range(TILE):
                 decay = tl.exp2(steps[j] * a2)

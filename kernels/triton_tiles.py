@@ -1,4 +1,4 @@
-"""Building blocks of the Triton kernels of the selective scan.
+"""Building blocks of the Triton kernels of the selective scan and the convolution.
 
 A program owns a block of channels, spread over its lanes, and walks over time in tiles of TILE tokens. A quantity per
 token is a Python tuple of TILE vectors over the channels, so every thread holds whole time series of its own channels:
@@ -6,8 +6,13 @@ the recurrence needs no exchange between lanes, and a state, whose number is a p
 Time is scan time everywhere; ``_row`` maps it to memory, backwards for the groups that run in reverse.
 """
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -41,6 +46,16 @@ def rows(pointer, batch, start, length, direction, stride_b, stride_t):
     """Pointer to the row of scan time ``start``, and the stride from there to the next row in scan time."""
     first = tl.where(direction > 0, 0, length - 1).to(tl.int64) + direction * start.to(tl.int64)
     return pointer + batch * stride_b + first * stride_t, direction * stride_t
+
+
+@triton.jit
+def load_rows(pointer, step, offsets, mask, count, TILE: tl.constexpr):
+    """TILE rows as vectors, zeros from row ``count`` on."""
+    tile = ()
+    for j in tl.static_range(TILE):
+        tile += (tl.load(pointer + offsets, mask=mask & (j < count), other=0.0),)
+        pointer += step
+    return tile
 
 
 @triton.jit
@@ -89,7 +104,9 @@ def load_keeps(seq_idx, batch, start, length, direction, stride_b, stride_t, cou
 
 @triton.jit
 def sigmoid(x):
-    return 1.0 / (1.0 + tl.exp2(x * -LOG2E))
+    """1 / (1 + exp(-x)); the square of a reciprocal root, because a division costs four times as much."""
+    root = tl.rsqrt(1.0 + tl.exp2(x * -LOG2E))
+    return root * root
 
 
 @triton.jit
@@ -175,15 +192,15 @@ def lane_sum_assembly(log: int, pack: int) -> tuple[str, str]:
     return "{ " + " ".join(text) + " }", ",".join(constraints)
 
 
-def lane_number_assembly(pack: int) -> tuple[str, str]:
-    """PTX, and its register constraints, for the lane number in the first of ``pack`` elements, and -1 in the others."""
-    text = ["mov.u32 $0, %laneid;"] + [f"mov.u32 ${i}, -1;" for i in range(1, pack)]
+def thread_number_assembly(pack: int) -> tuple[str, str]:
+    """PTX, and its register constraints, for the thread number in the first of ``pack`` elements, -1 in the others."""
+    text = ["mov.u32 $0, %tid.x;"] + [f"mov.u32 ${i}, -1;" for i in range(1, pack)]
     return " ".join(text), ",".join(["=r"] * pack + ["r"] * pack)
 
 
 @triton.jit
-def lane_numbers(ASSEMBLY: tl.constexpr, CONSTRAINTS: tl.constexpr, PACK: tl.constexpr, BLOCK: tl.constexpr):
-    """Which of the 32 sums of ``sum_lanes`` each element (BLOCK,) holds; -1 for the copies."""
+def thread_numbers(ASSEMBLY: tl.constexpr, CONSTRAINTS: tl.constexpr, PACK: tl.constexpr, BLOCK: tl.constexpr):
+    """The thread that holds each element (BLOCK,), -1 for all but its first; a warp has 32."""
     if ASSEMBLY is None:
         number = tl.arange(0, BLOCK)
         number = tl.where(number < 32, number, -1)
@@ -194,15 +211,32 @@ def lane_numbers(ASSEMBLY: tl.constexpr, CONSTRAINTS: tl.constexpr, PACK: tl.con
 
 @triton.jit
 def sum_lanes(
-    values, lane, ASSEMBLY: tl.constexpr, CONSTRAINTS: tl.constexpr, PACK: tl.constexpr,
+    values, thread, ASSEMBLY: tl.constexpr, CONSTRAINTS: tl.constexpr, PACK: tl.constexpr,
     COUNT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Sums over the channels of COUNT vectors (BLOCK,), spread over the lanes as ``lane_sum_assembly`` says; the plain
-    form, without ASSEMBLY, computes the same."""
+    """Each warp's sums over its channels of COUNT vectors (BLOCK,), over the lanes as in ``lane_sum_assembly``; the
+    plain form, without ASSEMBLY, is for one warp."""
     if ASSEMBLY is None:
         result = tl.zeros([BLOCK], tl.float32)
         for i in tl.static_range(COUNT):
-            result = tl.where(lane // (32 // COUNT) == i, tl.sum(values[i]), result)
+            result = tl.where(thread // (32 // COUNT) == i, tl.sum(values[i]), result)
     else:
         result = tl.inline_asm_elementwise(ASSEMBLY, CONSTRAINTS, values, tl.float32, False, PACK)
     return result
+
+
+def reverse_mask(reverse: Sequence[bool]) -> int:
+    """One bit for each group, set where it runs backwards."""
+    if any(reverse) and len(reverse) > 63:
+        raise ValueError(f"backend 'triton' takes at most 63 groups in mixed directions, got {len(reverse)}")
+    return sum(1 << i for i, r in enumerate(reverse) if r)
+
+
+def strides(x: Tensor | None, dims: int) -> tuple[int, ...]:
+    """The strides of ``x``, zeros for an absent one."""
+    return (0,) * dims if x is None else x.stride()
+
+
+def use_device(x: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device: make it that of ``x``."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
