@@ -4,14 +4,15 @@ The sequence is walked slab by slab, so that the temporaries stay in cache and m
 slab holds several chunks; its products are batched over them, and only the small matrix states are passed serially.
 README.md derives the formulas. Inside a slab the names are those of the derivation and the layouts are
 
-    head-major (b, c, g, r, q, ...)   natural (b, c, q, g, r, ...)   states (b, c, g, r * p, n)
+    head-major (c, b, g, r, q, ...)   natural (c, b, q, h, ...)   states (c, b, g, r * p, n)
 
 with c chunks of q tokens, g groups of r heads. Chunk matrices are transposed: row j is the token that is read, column i
 the token that is written.
 """
 
+import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -62,6 +63,7 @@ def forward(
                     states[k, part.rows, part.groups] = S
                 S = scan.forward(k, S, y)
             scan.unpack_state(S, final_state)
+    _memory.trim()
     return y, final_state, states
 
 
@@ -108,6 +110,7 @@ def backward(
         ddt = grads.step
         if dt_softplus:
             ddt *= -torch.expm1(-step)  # softplus'(v) = sigmoid(v) = 1 - exp(-softplus(v))
+    _memory.trim()
     ddt_bias = None if dt_bias is None else ddt.sum((0, 1), dtype=torch.float64)
     return grads.x, ddt, grads.A, grads.B, grads.C, grads.D, grads.z, ddt_bias, dinitial_state
 
@@ -150,16 +153,16 @@ class _Slab:
     """What both passes need of one slab."""
 
     tokens: slice
-    x: Tensor  # (b, c, q, h, p)
-    z: Tensor | None  # (b, c, q, h, p)
-    step: Tensor  # (b, c, q, h, 1)
-    B: Tensor  # (b, c, g, q, n)
-    C: Tensor  # (b, c, g, q, n)
-    decay: Tensor  # (b, c, g, r, j, i): from token j to token i of a chunk, zero where i does not see j
-    from_start: Tensor  # (b, c, q, h, 1): decay from the border where the scan enters the chunk to the token
-    to_end: Tensor  # (b, c, q, h, 1): decay from the token to the border where the scan leaves
-    through: Tensor  # (b, c, h): decay from border to border
-    products: Tensor  # (b, c, g, 1, j, i): B_j . C_i
+    x: Tensor  # (c, b, q, h, p)
+    z: Tensor | None  # (c, b, q, h, p)
+    step: Tensor  # (c, b, q, h, 1)
+    B: Tensor  # (c, b, g, q, n)
+    C: Tensor  # (c, b, g, q, n)
+    decay: Tensor  # (c, b, g, r, j, i): from token j to token i of a chunk, zero where i does not see j
+    from_start: Tensor  # (c, b, q, h, 1): decay from the border where the scan enters the chunk to the token
+    to_end: Tensor  # (c, b, q, h, 1): decay from the token to the border where the scan leaves
+    through: Tensor  # (c, b, g, r): decay from border to border
+    products: Tensor  # (c, b, g, 1, j, i): B_j . C_i
 
 
 class _Scan:
@@ -215,76 +218,82 @@ class _Scan:
     def forward(self, k: int, S: Tensor, y: Tensor) -> Tensor:
         """Write slab k of y. S (b, g, r * p, n) enters; the state that leaves is returned."""
         s = self._slab(k)
-        own = s.decay.mul_(s.products).mT @ self._by_head(s.x, s.step)
-        borders = self._pass(self._grouped(s.x * (s.step * s.to_end)).mT @ s.B, s.through, S, self.part.backwards)
-        out = self._output(s, own, s.C @ self._entering(borders).mT)
+        own = self._matmul("own", s.decay.mul_(s.products).mT, self._by_head("drive", s.x, s.step))
+        drive_end = self._by_group("drive_end", s.x, s.step * s.to_end)
+        borders = self._pass("borders", self._matmul("given", drive_end.mT, s.B), s.through, S, self.part.backwards)
+        out = self._output(s, own, self._matmul("carried", s.C, self._entering(borders).mT))
         if s.z is not None:
-            out *= F.silu(s.z)
+            out *= self._silu(s.z)
         self._store(y, s, out, self.part.heads)
-        return borders[:, self.last]
+        return borders[self.last].clone()
 
     def backward(self, k: int, S: Tensor, dS: Tensor, dy: Tensor, grads: _Gradients) -> Tensor:
         """Write slab k of the gradients. S enters the slab and dS is the adjoint of the state that leaves it, both
         (b, g, r * p, n); the adjoint of S is returned."""
         s = self._slab(k)
         part = self.part
-        dout = self._chunks(dy[part.rows, s.tokens, part.heads])  # (b, c, q, h, p)
-        drive_heads = self._by_head(s.x, s.step)  # (b, c, g, r, q, p)
-        drive_end = self._grouped(s.x * (s.step * s.to_end))  # (b, c, g, q, r * p)
-        S = self._entering(self._pass(drive_end.mT @ s.B, s.through, S, part.backwards))  # (b, c, g, r * p, n)
-        carried = s.C @ S.mT  # (b, c, g, q, r * p): what the entering state gives to y, before its decay
-        matrix = s.decay * s.products
+        dout = self._chunks(dy[part.rows, s.tokens, part.heads])  # (c, b, q, h, p)
+        drive = self._by_head("drive", s.x, s.step)  # (c, b, g, r, q, p)
+        drive_end = self._by_group("drive_end", s.x, s.step * s.to_end)  # (c, b, g, q, r * p)
+        borders = self._pass("borders", self._matmul("given", drive_end.mT, s.B), s.through, S, part.backwards)
+        S = self._entering(borders)  # (c, b, g, r * p, n)
+        carried = self._matmul("carried", s.C, S.mT)  # (c, b, g, q, r * p): S's share of y before its decay
+        matrix = torch.mul(s.decay, s.products, out=self._room("matrix", s.decay.shape))
         if s.z is not None and grads.z is not None:
-            gate = torch.sigmoid(s.z)
-            out = self._output(s, matrix.mT @ drive_heads, carried)
-            self._store(grads.z, s, out.mul_(dout).mul_(gate * (1 + s.z * (1 - gate))), part.heads)
-            dout = dout * gate.mul_(s.z)
-        dout_heads = self._by_head(dout)  # (b, c, g, r, q, p)
-        dout_start = self._grouped(dout * s.from_start)  # (b, c, g, q, r * p)
-        borders = self._pass(dout_start.mT @ s.C, s.through, dS, not part.backwards)
-        dS = self._leaving(borders)
+            out = self._output(s, self._matmul("own", matrix.mT, drive), carried).mul_(dout)
+            torch.ops.aten.silu_backward(out, s.z, grad_input=out)
+            self._store(grads.z, s, out, part.heads)
+            dout = torch.mul(dout, self._silu(s.z), out=out)
+        dout_heads = self._by_head("dout", dout)  # (c, b, g, r, q, p)
+        dout_start = self._by_group("dout_start", dout, s.from_start)  # (c, b, g, q, r * p)
+        given = self._matmul("given", dout_start.mT, s.C)
+        adjoints = self._pass("adjoints", given, s.through, dS, not part.backwards)
+        dS = self._leaving(adjoints)
 
         # Through the chunk's own matrix: first times the decays, as B and C need it, then the whole product.
-        dmatrix = (drive_heads @ dout_heads.mT).mul_(s.decay)  # (b, c, g, r, j, i)
-        dproducts = dmatrix.sum(3)  # (b, c, g, j, i)
-        self._store(grads.B, s, (dproducts @ s.C).add_(drive_end @ dS).transpose(2, 3), part.groups)
-        self._store(grads.C, s, (dproducts.mT @ s.B).add_(dout_start @ S).transpose(2, 3), part.groups)
+        dmatrix = self._matmul("dmatrix", drive, dout_heads.mT).mul_(s.decay)  # (c, b, g, r, j, i)
+        dproducts = dmatrix.sum(3)  # (c, b, g, j, i)
+        dB = self._matmul("dBC", dproducts, s.C, plus=(drive_end, dS))
+        self._store(grads.B, s, dB.transpose(2, 3), part.groups)
+        dC = self._matmul("dBC", dproducts.mT, s.B, plus=(dout_start, S))
+        self._store(grads.C, s, dC.transpose(2, 3), part.groups)
         dmatrix.mul_(s.products)
-        later = self._ungrouped(s.B @ dS.mT)  # (b, c, q, h, p)
-        ddrive = torch.addcmul(self._natural(matrix @ dout_heads), later, s.to_end)
+        own = self._natural(self._matmul("own", matrix, dout_heads))
+        later = self._ungrouped(self._matmul("later", s.B, dS.mT))  # (c, b, q, h, p)
+        ddrive = torch.addcmul(own, later, s.to_end, out=self._room("ddrive", later.shape))
 
         # The log decay of token k takes all that flows from before k to k or beyond. Sums of such flows rather than
         # differences of larger ones: nothing cancels.
-        flow = (dmatrix @ self.sees.mT).mul_(self.before).sum(-2)  # (b, c, g, r, q)
-        flow_in = self._small(
-            carried.mul_(dout_start).transpose(2, 3).unflatten(-1, (self.r, self.p)).sum(-1).flatten(3)
-        )
+        flow = self._matmul("matrix", dmatrix, self.sees.mT).mul_(self.before).sum(-2)  # (c, b, g, r, q)
+        flow_in = self._small(self._ungrouped(carried.mul_(dout_start)).sum(-1))
         flow_out = self._small(later.mul_(self._ungrouped(drive_end)).sum(-1))
-        flow_through = (S * dS).unflatten(3, (self.r, self.p)).sum((4, 5)) * s.through
+        inner = torch.mul(S, dS, out=self._room("given", S.shape))
+        flow_through = inner.unflatten(3, (self.r, self.p)).sum((4, 5)) * s.through
         flow += flow_in @ self.sees.mT + flow_out @ self.before + flow_through.unsqueeze(-1)
-        dlog = flow.flatten(2, 3).transpose(2, 3)  # (b, c, q, h)
+        dlog = flow.flatten(2, 3).transpose(2, 3)  # (c, b, q, h)
         grads.A[part.heads] += (dlog * s.step.squeeze(-1)).sum((0, 1, 2))
-        self._store(grads.step, s, (s.x * ddrive).sum(-1).addcmul_(dlog, self.A), part.heads)
+        direct = torch.mul(s.x, ddrive, out=self._room("later", ddrive.shape)).sum(-1)
+        self._store(grads.step, s, direct.addcmul_(dlog, self.A), part.heads)
         dx = ddrive.mul_(s.step)
         if self.D is not None and grads.D is not None:
             dx.addcmul_(dout, self.D)
-            dD = (dout * s.x).sum((0, 1, 2))  # (h, p)
+            dD = torch.mul(dout, s.x, out=self._room("later", dx.shape)).sum((0, 1, 2))  # (h, p)
             grads.D[part.heads] += dD if grads.D.dim() == 2 else dD.sum(-1)
         self._store(grads.x, s, dx, part.heads)
-        return borders[:, -1 - self.last]
+        return adjoints[-1 - self.last].clone()
 
     def _slab(self, k: int) -> _Slab:
         part = self.part
         tokens = slice(k * part.slab, min((k + 1) * part.slab, self.l))
-        step = self._chunks(self.step[:, tokens])
+        step = self._chunks(self.step[:, tokens])  # (c, b, q, h)
         # Sums of log decays are taken in float64 and only their differences rounded, which are never positive.
-        log = (step * self.A).transpose(2, 3).double() @ self.sees.double()  # (b, c, h, q)
-        total = log[..., self.last]  # (b, c, h)
+        log = (step * self.A).transpose(2, 3).double() @ self.sees.double()  # (c, b, h, q)
+        total = log[..., self.last]  # (c, b, h)
         from_start, to_end, through = (self._exp(v) for v in (log, total.unsqueeze(-1) - log, total))
         resets = None
         if self.resets is not None:
-            resets = self._chunks(self.resets[:, tokens]) @ self.sees  # (b, c, q): how many up to this token
-            all_resets = resets[..., self.last, None]  # (b, c, 1)
+            resets = self._chunks(self.resets[:, tokens]) @ self.sees  # (c, b, q): how many up to this token
+            all_resets = resets[..., self.last, None]  # (c, b, 1)
             from_start *= (resets == 0).unsqueeze(2)
             to_end *= (resets == all_resets).unsqueeze(2)
             through *= all_resets == 0
@@ -300,106 +309,166 @@ class _Scan:
             from_start=from_start.transpose(2, 3).unsqueeze(-1),
             to_end=to_end.transpose(2, 3).unsqueeze(-1),
             through=through.unflatten(2, (self.g, self.r)),
-            products=(B @ C.mT).unsqueeze(3),
+            products=self._matmul("products", B, C.mT).unsqueeze(3),
         )
 
     def _decay_matrix(self, log: Tensor, resets: Tensor | None) -> Tensor:
-        """Decay from token j to token i of a chunk (b, c, h, j, i), zero where i does not see j.
+        """Decay from token j to token i of a chunk (c, b, h, j, i), zero where i does not see j.
 
         Only blocks of _BLOCK tokens on the diagonal need an exponential for each entry. Off the diagonal the way from j
         to i leads over two block borders, and its decay is a product: a matrix of rank q / _BLOCK.
         """
         backwards = self.part.backwards
-        log = log.unflatten(-1, (-1, _BLOCK))  # (b, c, h, m, s)
-        leave = log[..., self.last]  # (b, c, h, m): up to the border where the scan leaves each block
+        log = log.unflatten(-1, (-1, _BLOCK))  # (c, b, h, m, s)
+        leave = log[..., self.last]  # (c, b, h, m): up to the border where the scan leaves each block
         enter = F.pad(leave[..., 1:], [0, 1]) if backwards else F.pad(leave[..., :-1], [1, 0])
         blocks = torch.ones(log.shape[-2], log.shape[-2], dtype=torch.bool, device=log.device)
         later = blocks.tril(-1) if backwards else blocks.triu(1)  # (J, I): block I comes after block J
         to_border, from_border = self._exp(leave.unsqueeze(-1) - log), self._exp(log - enter.unsqueeze(-1))
         between = self._exp((enter.unsqueeze(-2) - leave.unsqueeze(-1)).masked_fill_(~later, -torch.inf))  # (..., J, I)
-        own = log.unsqueeze(-2) - log.unsqueeze(-1)  # (b, c, h, m, j, i)
+        own = log.unsqueeze(-2) - log.unsqueeze(-1)  # (c, b, h, m, j, i)
         own += self.mask
         if resets is not None:
-            resets = resets.unflatten(-1, (-1, _BLOCK)).unsqueeze(2)  # (b, c, 1, m, s)
+            resets = resets.unflatten(-1, (-1, _BLOCK)).unsqueeze(2)  # (c, b, 1, m, s)
             left = resets[..., self.last]
             entered = F.pad(left[..., 1:], [0, 1]) if backwards else F.pad(left[..., :-1], [1, 0])
             to_border *= resets == left.unsqueeze(-1)
             from_border *= resets == entered.unsqueeze(-1)
             between *= entered.unsqueeze(-2) == left.unsqueeze(-1)
             own.masked_fill_(resets.unsqueeze(-2) != resets.unsqueeze(-1), -torch.inf)
-        rows = (to_border.unsqueeze(-1) * between.unsqueeze(-2)).flatten(-3, -2)  # (b, c, h, j, I)
-        columns = torch.diag_embed(from_border.transpose(-1, -2)).movedim(-3, -1).flatten(-2)  # (b, c, h, I, i)
-        matrix = rows @ columns
+        rows = (to_border.unsqueeze(-1) * between.unsqueeze(-2)).flatten(-3, -2)  # (c, b, h, j, I)
+        columns = torch.diag_embed(from_border.transpose(-1, -2)).movedim(-3, -1).flatten(-2)  # (c, b, h, I, i)
+        matrix = self._matmul("decay", rows, columns)
         diagonal = matrix.unflatten(-1, (-1, _BLOCK)).unflatten(-3, (-1, _BLOCK)).diagonal(0, -4, -2).movedim(-1, -3)
         diagonal.copy_(self._exp(own))
         return matrix
 
+    def _room(self, name: str, shape: Sequence[int]) -> Tensor:
+        return _memory.get(name, shape, self.sees)
+
     def _exp(self, log: Tensor) -> Tensor:
         return log.to(self.dtype).exp_() if log.dtype != self.dtype else log.exp()
 
+    def _silu(self, v: Tensor) -> Tensor:
+        return torch.ops.aten.silu(v, out=self._room("silu", v.shape))
+
+    def _matmul(self, name: str, left: Tensor, right: Tensor, plus: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """``left @ right``, plus the product of ``plus``, batched over all but the last two dimensions, into the memory
+        called ``name``."""
+        out = self._room(name, (*left.shape[:-1], right.shape[-1]))
+        if right.dim() == 2:
+            return torch.mm(left.flatten(0, -2), right, out=out.flatten(0, -2)).view(out.shape)
+        batch = out.flatten(0, -3)
+        torch.bmm(left.flatten(0, -3), right.flatten(0, -3), out=batch)
+        if plus is not None:
+            batch.baddbmm_(plus[0].flatten(0, -3), plus[1].flatten(0, -3))
+        return out
+
     def _output(self, s: _Slab, own: Tensor, carried: Tensor) -> Tensor:
-        """Scan output with its skip (b, c, q, h, p), from the chunk's own part and the entering state's."""
-        out = torch.addcmul(self._natural(own), self._ungrouped(carried), s.from_start)
+        """Scan output with its skip (c, b, q, h, p), from the chunk's own part and the entering state's."""
+        out = self._room("out", s.x.shape)
+        torch.addcmul(self._natural(own), self._ungrouped(carried), s.from_start, out=out)
         return out if self.D is None else out.addcmul_(s.x, self.D)
 
-    def _pass(self, contributions: Tensor, through: Tensor, edge: Tensor, descending: bool) -> Tensor:
-        """States at the c + 1 borders of the chunks (b, c+1, g, r * p, n), from each chunk's contribution to the next
-        border and the state at the first one; in descending order when ``descending``."""
-        b, c, g, _, n = contributions.shape
-        borders = contributions.new_empty(b, c + 1, g, self.r, self.p * n)
-        borders[:, c if descending else 0] = edge.reshape(b, g, self.r, -1)
-        # Each step reads and writes whole states: they are unbound once, which a long chain of views would repeat.
-        contribution, decay = contributions.reshape(b, c, g, self.r, -1).unbind(1), through.unsqueeze(-1).unbind(1)
-        state = borders.unbind(1)
+    def _pass(self, name: str, given: Tensor, through: Tensor, edge: Tensor, descending: bool) -> Tensor:
+        """States at the c + 1 borders of the chunks (c+1, b, g, r * p, n), from what each chunk gives to the next
+        border (c, b, g, r * p, n) and the state at the first one; in descending order when ``descending``."""
+        c = given.shape[0]
+        borders = self._room(name, (c + 1, *given.shape[1:]))
+        borders[c if descending else 0] = edge
+        # One operation a chunk on whole states. Unbound at once: a chain of views would cost as much as the sums.
+        state, gift = (v.unflatten(3, (self.r, self.p)).flatten(4).unbind() for v in (borders, given))
+        decay = through.unsqueeze(-1).unbind()
         for i in range(c - 1, -1, -1) if descending else range(c):
             source, target = (i + 1, i) if descending else (i, i + 1)
-            torch.addcmul(contribution[i], state[source], decay[i], out=state[target])
-        return borders.view(b, c + 1, g, -1, n)
+            torch.addcmul(gift[i], state[source], decay[i], out=state[target])
+        return borders
 
     def _entering(self, borders: Tensor) -> Tensor:
         """What each chunk receives in scan direction."""
-        return borders[:, 1:] if self.part.backwards else borders[:, :-1]
+        return borders[1:] if self.part.backwards else borders[:-1]
 
     def _leaving(self, borders: Tensor) -> Tensor:
-        return borders[:, :-1] if self.part.backwards else borders[:, 1:]
+        return borders[:-1] if self.part.backwards else borders[1:]
 
     def _chunks(self, v: Tensor) -> Tensor:
-        """(b, t, ...) as (b, c, q, ...) in the working precision, the last chunk filled with zeros."""
+        """(b, t, ...) as (c, b, q, ...) in the working precision, the last chunk filled with zeros."""
         q = self.part.chunk
         v = v.to(self.dtype)
         missing = -v.shape[1] % q
         if missing:
             v = F.pad(v, [0, 0] * (v.dim() - 2) + [0, missing])
-        return v.unflatten(1, (-1, q))
+        return v.unflatten(1, (-1, q)).transpose(0, 1)
 
     def _store(self, out: Tensor, s: _Slab, v: Tensor, columns: slice) -> None:
-        """Write v (b, c, q, ...) into this slab's place in ``out`` (b, l, heads or groups, ...)."""
-        out[self.part.rows, s.tokens, columns] = v.flatten(1, 2)[:, : s.tokens.stop - s.tokens.start]
+        """Write v (c, b, q, ...) into this slab's place in ``out`` (b, l, heads or groups, ...)."""
+        out = out[self.part.rows, s.tokens, columns]
+        v = v.transpose(0, 1)
+        if out.shape[1] % self.part.chunk:
+            out.copy_(v.flatten(1, 2)[:, : out.shape[1]])
+        else:
+            out.unflatten(1, (-1, self.part.chunk)).copy_(v)
 
     def _small(self, v: Tensor) -> Tensor:
-        """(b, c, q, h) as (b, c, g, r, q)."""
+        """(c, b, q, h) as (c, b, g, r, q)."""
         return v.transpose(2, 3).unflatten(2, (self.g, self.r))
 
-    def _by_head(self, v: Tensor, scale: Tensor | None = None) -> Tensor:
-        """(b, c, q, h, p), times ``scale`` (b, c, q, h, 1), as (b, c, g, r, q, p) in one piece."""
-        out = v.new_empty(self.b, v.shape[1], self.h, v.shape[2], self.p)
+    def _by_head(self, name: str, v: Tensor, scale: Tensor | None = None) -> Tensor:
+        """(c, b, q, h, p), times ``scale`` (c, b, q, h, 1), copied to (c, b, g, r, q, p)."""
+        c, b, q, h, p = v.shape
+        out = self._room(name, (c, b, h, q, p))
         if scale is None:
             out.copy_(v.transpose(2, 3))
         else:
             torch.mul(v.transpose(2, 3), scale.transpose(2, 3), out=out)
         return out.unflatten(2, (self.g, self.r))
 
+    def _by_group(self, name: str, v: Tensor, scale: Tensor) -> Tensor:
+        """(c, b, q, h, p), times ``scale`` (c, b, q, h, 1), copied to (c, b, g, q, r * p)."""
+        c, b, q, _, p = v.shape
+        out = self._room(name, (c, b, self.g, q, self.r, p))
+        torch.mul(*(w.unflatten(3, (self.g, self.r)).transpose(2, 3) for w in (v, scale)), out=out)
+        return out.flatten(4)
+
     def _natural(self, v: Tensor) -> Tensor:
-        """(b, c, g, r, q, p) as (b, c, q, h, p)."""
+        """(c, b, g, r, q, p) as (c, b, q, h, p)."""
         return v.flatten(2, 3).transpose(2, 3)
 
-    def _grouped(self, v: Tensor) -> Tensor:
-        """(b, c, q, h, p) as (b, c, g, q, r * p)."""
-        return v.flatten(3).unflatten(3, (self.g, -1)).transpose(2, 3)
-
     def _ungrouped(self, v: Tensor) -> Tensor:
-        """(b, c, g, q, r * p) as (b, c, q, h, p)."""
+        """(c, b, g, q, r * p) as (c, b, q, h, p)."""
         return v.transpose(2, 3).unflatten(-1, (self.r, self.p)).flatten(3, 4)
+
+
+class _Memory(threading.local):
+    """Named pieces of memory that a thread uses again for every slab and every call.
+
+    On the CPU fresh pages from the operating system cost as much as the arithmetic on them. A GPU's allocator keeps its
+    memory itself: there the pieces are allocated each time.
+    """
+
+    # What is kept between calls. Slabs are far smaller, but for very long chunks.
+    KEPT_BYTES = 2**27
+
+    def __init__(self) -> None:
+        self.pieces: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def get(self, name: str, shape: Sequence[int], like: Tensor) -> Tensor:
+        """Uninitialised memory, valid until ``name`` is asked for again."""
+        if like.device.type != "cpu":
+            return like.new_empty(shape)
+        size = math.prod(shape)
+        piece = self.pieces.get((name, like.dtype))
+        if piece is None or piece.numel() < size:
+            piece = self.pieces[name, like.dtype] = like.new_empty(size)
+        return piece[:size].view(shape)
+
+    def trim(self) -> None:
+        """Give back what an unusual call took."""
+        if sum(piece.nbytes for piece in self.pieces.values()) > self.KEPT_BYTES:
+            self.pieces.clear()
+
+
+_memory = _Memory()
 
 
 def _grid(x: Tensor, B: Tensor, chunk: int | None) -> tuple[int, int]:
@@ -469,7 +538,7 @@ def _exact_matmul(device: torch.device) -> Iterator[None]:
     global _precision_users
     with _precision_lock:
         if _precision_users == 0:
-            for backend in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):
+            for backend in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):  # type: ignore[attr-defined]
                 if backend.fp32_precision not in ("none", "ieee"):
                     _precision_saved[backend] = backend.fp32_precision
                     backend.fp32_precision = "ieee"

@@ -236,7 +236,8 @@ def test_opcheck() -> None:
     few = (t["x"], step, t["A"], t["B"], t["C"], None, None, None, False, None)
     forward = torch.ops.seqssm.ssd.default
     torch.library.opcheck(forward, (*every, case.options["seq_idx"], (False, True), 16, True, "torch"))
-    torch.library.opcheck(forward, (*few, None, (False, False), None, True, "torch"))
+    quick = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(forward, (*few, None, (False, False), None, True, "torch"), test_utils=quick)
 
 
 def test_compiles_without_graph_breaks() -> None:
