@@ -11,7 +11,7 @@ from torch import Tensor
 from seqssm.kernels import selective_scan, selective_scan_step
 from seqssm.kernels.selective_scan.op import CHUNK
 
-BACKENDS = ("torch",)
+BACKENDS = ("torch", "numba")
 TIMED = ("u", "delta", "B", "C", "z")
 
 
