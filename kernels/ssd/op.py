@@ -46,7 +46,7 @@ def ssd(
             always continues from ``initial_state``.
         reverse: run from the last token to the first: equals flip, scan, flip, and ``initial_state`` then enters at the
             last token. A sequence gives one direction a group.
-        chunk: tokens that are treated as one matrix; chosen by shape when None. It changes speed, not the result.
+        chunk: tokens that are treated as one matrix; the backend's choice when None. It changes speed, not the result.
         backend: "auto", "reference", "torch" or "triton".
 
     Returns:
