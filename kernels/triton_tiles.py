@@ -192,15 +192,15 @@ def lane_sum_assembly(log: int, pack: int) -> tuple[str, str]:
     return "{ " + " ".join(text) + " }", ",".join(constraints)
 
 
-def thread_number_assembly(pack: int) -> tuple[str, str]:
-    """PTX, and its register constraints, for the thread number in the first of ``pack`` elements, -1 in the others."""
-    text = ["mov.u32 $0, %tid.x;"] + [f"mov.u32 ${i}, -1;" for i in range(1, pack)]
+def lane_number_assembly(pack: int) -> tuple[str, str]:
+    """PTX, and its register constraints, for the lane number in the first of ``pack`` elements, -1 in others."""
+    text = ["mov.u32 $0, %laneid;"] + [f"mov.u32 ${i}, -1;" for i in range(1, pack)]
     return " ".join(text), ",".join(["=r"] * pack + ["r"] * pack)
 
 
 @triton.jit
-def thread_numbers(ASSEMBLY: tl.constexpr, CONSTRAINTS: tl.constexpr, PACK: tl.constexpr, BLOCK: tl.constexpr):
-    """The thread that holds each element (BLOCK,), -1 for all but its first; a warp has 32."""
+def lane_numbers(ASSEMBLY: tl.constexpr, CONSTRAINTS: tl.constexpr, PACK: tl.constexpr, BLOCK: tl.constexpr):
+    """For one warp, the lane that holds each element (BLOCK,), -1 for all but its first."""
     if ASSEMBLY is None:
         number = tl.arange(0, BLOCK)
         number = tl.where(number < 32, number, -1)
@@ -211,15 +211,15 @@ def thread_numbers(ASSEMBLY: tl.constexpr, CONSTRAINTS: tl.constexpr, PACK: tl.c
 
 @triton.jit
 def sum_lanes(
-    values, thread, ASSEMBLY: tl.constexpr, CONSTRAINTS: tl.constexpr, PACK: tl.constexpr,
+    values, lane, ASSEMBLY: tl.constexpr, CONSTRAINTS: tl.constexpr, PACK: tl.constexpr,
     COUNT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Each warp's sums over its channels of COUNT vectors (BLOCK,), over the lanes as in ``lane_sum_assembly``; the
-    plain form, without ASSEMBLY, is for one warp."""
+    """Sums over the channels of COUNT vectors (BLOCK,), over the lanes of one warp as in ``lane_sum_assembly``; the
+    plain form, without ASSEMBLY, computes the same."""
     if ASSEMBLY is None:
         result = tl.zeros([BLOCK], tl.float32)
         for i in tl.static_range(COUNT):
-            result = tl.where(thread // (32 // COUNT) == i, tl.sum(values[i]), result)
+            result = tl.where(lane // (32 // COUNT) == i, tl.sum(values[i]), result)
     else:
         result = tl.inline_asm_elementwise(ASSEMBLY, CONSTRAINTS, values, tl.float32, False, PACK)
     return result

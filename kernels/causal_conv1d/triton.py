@@ -83,8 +83,9 @@ def forward_kernel(
     if bias is not None:
         offset = tl.load(bias + c, mask=mask, other=0.0).to(tl.float32)
     window, _ = _window(
-        x, initial_state, seq_idx, batch, begin, length, direction, c, mask, channels, x_b, x_t, x_c, seq_b, seq_t, WIDTH
-    )
+        x, initial_state, seq_idx, batch, begin, length, direction, c, mask, channels,
+        x_b, x_t, x_c, seq_b, seq_t, WIDTH,
+    )  # fmt: skip
     x_row, x_step = rows(x, batch, begin, length, direction, x_b, x_t)
     y_row, y_step = rows(y, batch, begin, length, direction, length.to(tl.int64) * channels, channels)
     for t in range(0, tokens, TILE):
@@ -141,8 +142,9 @@ def backward_kernel(
     if bias is not None:
         offset = tl.load(bias + c, mask=mask, other=0.0).to(tl.float32)
     window, alive = _window(
-        x, initial_state, seq_idx, batch, begin, length, direction, c, mask, channels, x_b, x_t, x_c, seq_b, seq_t, WIDTH
-    )
+        x, initial_state, seq_idx, batch, begin, length, direction, c, mask, channels,
+        x_b, x_t, x_c, seq_b, seq_t, WIDTH,
+    )  # fmt: skip
     pending = ()
     for _ in tl.static_range(WIDTH - 1):
         pending += (tl.zeros([BLOCK], tl.float32),)

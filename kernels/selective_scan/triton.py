@@ -9,13 +9,16 @@ from torch import Tensor
 from seqssm.kernels.selective_scan.op import CHUNK
 from seqssm.kernels.selective_scan.triton_backward import gradient_kernel, history_kernel, unpack_kernel
 from seqssm.kernels.selective_scan.triton_forward import pack_kernel, pass_states_kernel, scan_kernel, step_kernel
-from seqssm.kernels.triton_tiles import lane_sum_assembly, reverse_mask, strides, thread_number_assembly, use_device
+from seqssm.kernels.triton_tiles import lane_number_assembly, lane_sum_assembly, reverse_mask, strides, use_device
 
 _LOG2E = 1.4426950408889634
 _INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-# Tokens of a tile, channels of a program, tokens of a forward segment: fixed, so that no length is ever tuned again.
-_FORWARD_TILE, _FORWARD_BLOCK, _FORWARD_WARPS, _SEGMENT = 8, 64, 1, 512
-_BACKWARD_TILE, _HISTORY_BLOCK, _HISTORY_WARPS, _GRADIENT_BLOCK, _GRADIENT_WARPS = 8, 64, 1, 64, 1
+# Tokens of a tile and channels of a warp: fixed, so that no length is ever tuned again.
+_TILE = 8
+_BLOCK = 64
+# Tokens of a forward segment: the most, and, where that many programs would not fill the GPU, the least.
+_SEGMENT, _SHORTEST_SEGMENT = 256, 64
+_ENOUGH_PROGRAMS = 4096
 # Bytes for the states entering each tile: the backward pass takes the length in slabs that fit.
 _HISTORY_BYTES = 256 << 20
 
@@ -43,29 +46,33 @@ def forward(
     y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
     final_state = _float32(b, d, n, like=u)
     states = _float32(b, triton.cdiv(l, CHUNK), d, n, like=u) if save_states else _float32(0, like=u)
-    segments = triton.cdiv(l, _SEGMENT)
+    block = _fit_block(d // g)
+    programs = b * g * triton.cdiv(d // g, block)  # a segment
+    segment = _SEGMENT
+    while segment > _SHORTEST_SEGMENT and programs * triton.cdiv(l, segment) < _ENOUGH_PROGRAMS:
+        segment //= 2
+    segments = triton.cdiv(l, segment)
     A2 = _transposed_log2(A)
     carry = _float32(b, segments, n, d, like=u)
     initial_state = _contiguous32(initial_state)
     with use_device(u):
-        packed, tiles = _pack(B, C, 0, l, l, mask, _FORWARD_TILE)
+        packed, tiles = _pack(B, C, 0, l, l, mask, _TILE)
         total_steps = _float32(b, segments, d, like=u) if segments > 1 else None
-        grid = b * _blocks(d, g, _FORWARD_BLOCK)
 
-        def scan(programs: int, summary: bool) -> None:
-            scan_kernel[(programs,)](
+        def scan(segments_to_scan: int, summary: bool) -> None:
+            scan_kernel[(programs * segments_to_scan,)](
                 u, delta, z, y, packed, A2, D, delta_bias, carry, total_steps, initial_state, final_state,
                 states if save_states else None, seq_idx,
                 *u.stride(), *delta.stride(), *strides(z, 3), *strides(seq_idx, 2),
-                l, d, d // g, g, n, segments, tiles, mask,
-                SOFTPLUS=delta_softplus, SUMMARY=summary, CARRIED=segments > 1, SEGMENT=_SEGMENT, CHUNK=CHUNK,
-                TILE=_FORWARD_TILE, BLOCK=_FORWARD_BLOCK, num_warps=_FORWARD_WARPS,
+                l, d, d // g, g, n, segment, segments, tiles, mask,
+                SOFTPLUS=delta_softplus, SUMMARY=summary, CARRIED=segments > 1, CHUNK=CHUNK,
+                TILE=_TILE, BLOCK=block, num_warps=1,
             )  # fmt: skip
 
         if segments > 1:
-            scan(grid * (segments - 1), True)
+            scan(segments - 1, True)
             _pass_states(carry, total_steps, A2, initial_state, None, segments, backward=False)
-        scan(grid * segments, False)
+        scan(segments, False)
     return y, final_state, states
 
 
@@ -91,20 +98,18 @@ def backward(
     n = A.shape[1]
     g = B.shape[2]
     mask = reverse_mask(reverse)
-    tile, block = _BACKWARD_TILE, _GRADIENT_BLOCK
-    warps = 1 if _INTERPRET else _GRADIENT_WARPS
+    tile, block = _TILE, _fit_block(d // g)
     chunks = triton.cdiv(l, CHUNK)
     slab = max(1, min(chunks, _HISTORY_BYTES // (4 * b * (CHUNK // tile) * n * d)))
     A2 = _transposed_log2(A)
     du, ddelta = (torch.empty(u.shape, dtype=x.dtype, device=u.device) for x in (u, delta))
     dz = None if z is None else torch.empty(u.shape, dtype=z.dtype, device=u.device)
     dB, dC = (torch.empty(B.shape, dtype=x.dtype, device=u.device) for x in (B, C))
-    programs = b * _blocks(d, g, block)  # a chunk
-    shares = programs // (b * g) * warps
+    blocks = triton.cdiv(d // g, block)
     history = _float32(b, slab * (CHUNK // tile), n, d, like=u)
     adjoint, dA = (_float32(b, slab, n, d, like=u) for _ in range(2))
     total_steps, dD, dbias = (_float32(b, slab, d, like=u) for _ in range(3))
-    dpacked = _float32(b, g, shares, n, slab * (CHUNK // tile), 2, tile, like=u)
+    dpacked = _float32(b, g, blocks, n, slab * (CHUNK // tile), 2, tile, like=u)
     dstate = _contiguous32(dfinal_state).clone()
     with use_device(u):
         # From the last slab to the first, which takes the odd rest: what it adds to is there by then.
@@ -114,21 +119,22 @@ def backward(
             packed, tiles = _pack(B, C, first * CHUNK, count * CHUNK, l, mask, tile)
             inputs = (u, delta, z, dy, packed, A2)
             all_strides = (*u.stride(), *delta.stride(), *strides(z, 3), *dy.stride(), *strides(seq_idx, 2))
-            history_kernel[(b * count * _blocks(d, g, _HISTORY_BLOCK),)](
+            grid = (b * count * g * blocks,)
+            history_kernel[grid](
                 *inputs, delta_bias, states, history, adjoint, total_steps, seq_idx, *all_strides,
                 l, d, d // g, g, n, first, chunks, count, mask,
-                SOFTPLUS=delta_softplus, CHUNK=CHUNK, TILE=tile, BLOCK=_HISTORY_BLOCK, num_warps=_HISTORY_WARPS,
+                SOFTPLUS=delta_softplus, CHUNK=CHUNK, TILE=tile, BLOCK=block, num_warps=1,
             )  # fmt: skip
             _pass_states(adjoint, total_steps, A2, dstate, dstate, count, backward=True)
-            gradient_kernel[(programs * count,)](
+            gradient_kernel[grid](
                 *inputs, D, delta_bias, history, adjoint, seq_idx, du, ddelta, dz, dpacked, dA, dD, dbias, *all_strides,
-                l, d, d // g, g, n, first, count, mask,
-                SOFTPLUS=delta_softplus, ACCUMULATE=end < chunks, CHUNK=CHUNK,
-                TILE=tile, BLOCK=block, **_warp_sums(tile, block, warps), num_warps=warps,
+                l, d, d // g, g, n, first, count, int(end < chunks), mask,
+                SOFTPLUS=delta_softplus, CHUNK=CHUNK,
+                TILE=tile, BLOCK=block, **_warp_sums(tile, block), num_warps=1,
             )  # fmt: skip
             block_t, block_n = _pack_block(count * CHUNK, n)
             unpack_kernel[(b * g * triton.cdiv(count * CHUNK, block_t),)](
-                dpacked, dB, dC, first * CHUNK, tiles, l, g, shares, n, mask,
+                dpacked, dB, dC, first * CHUNK, tiles, l, g, blocks, n, mask,
                 TILE=tile, BLOCK_T=block_t, BLOCK_N=block_n,
             )  # fmt: skip
     dA = dA.sum((0, 1)).t()
@@ -197,19 +203,19 @@ def _pack(
     return packed.view(torch.int64), tiles
 
 
-def _warp_sums(tile: int, block: int, warps: int) -> dict[str, str | int | None]:
+def _warp_sums(tile: int, block: int) -> dict[str, str | int | None]:
     """The assembly with which ``gradient_kernel`` sums over channels; none in the interpreter, which has no warps."""
-    pack = block // (32 * warps)
+    pack = block // 32
     if _INTERPRET:
-        return {"PACK": pack, "SUM": None, "SUM_REGISTERS": None, "THREAD": None, "THREAD_REGISTERS": None}
+        return {"PACK": pack, "SUM": None, "SUM_REGISTERS": None, "LANE": None, "LANE_REGISTERS": None}
     add, add_registers = lane_sum_assembly((2 * tile).bit_length() - 1, pack)
-    thread, thread_registers = thread_number_assembly(pack)
+    lane, lane_registers = lane_number_assembly(pack)
     return {
         "PACK": pack,
         "SUM": add,
         "SUM_REGISTERS": add_registers,
-        "THREAD": thread,
-        "THREAD_REGISTERS": thread_registers,
+        "LANE": lane,
+        "LANE_REGISTERS": lane_registers,
     }
 
 
@@ -218,9 +224,9 @@ def _pack_block(tokens: int, states: int) -> tuple[int, int]:
     return 128, min(triton.next_power_of_2(states), 32)
 
 
-def _blocks(channels: int, groups: int, block: int) -> int:
-    """Programs that cover all channels, none with channels of two groups."""
-    return groups * triton.cdiv(channels // groups, block)
+def _fit_block(channels: int) -> int:
+    """Channels of a program for groups of so many: one or two a lane."""
+    return 32 if channels <= 32 else _BLOCK
 
 
 def _transposed_log2(A: Tensor) -> Tensor:

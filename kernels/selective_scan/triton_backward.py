@@ -12,7 +12,7 @@ import triton.language as tl
 
 from seqssm.kernels.triton_tiles import (
     LN2,
-    thread_numbers,
+    lane_numbers,
     load_keeps,
     load_numbers,
     load_tile,
@@ -122,31 +122,30 @@ def history_kernel(
     tl.store(total_steps + (batch * slab_chunks + chunk) * channels + c, total, mask=mask)
 
 
-@triton.jit(do_not_specialize=["length", "first_chunk", "slab_chunks", "reverse_mask"])
+@triton.jit(do_not_specialize=["length", "first_chunk", "slab_chunks", "accumulate", "reverse_mask"])
 def gradient_kernel(
     u, delta, z, dy, packed, A2, D, bias, history, adjoint, seq_idx,
     du, ddelta, dz, dpacked, dA, dD, dbias,
     u_b, u_t, u_c, delta_b, delta_t, delta_c, z_b, z_t, z_c, dy_b, dy_t, dy_c, seq_b, seq_t,
-    length, channels, per_group, groups, states, first_chunk, slab_chunks, reverse_mask,
-    SOFTPLUS: tl.constexpr, ACCUMULATE: tl.constexpr, CHUNK: tl.constexpr,
+    length, channels, per_group, groups, states, first_chunk, slab_chunks, accumulate, reverse_mask,
+    SOFTPLUS: tl.constexpr, CHUNK: tl.constexpr,
     TILE: tl.constexpr, BLOCK: tl.constexpr, PACK: tl.constexpr,
-    SUM: tl.constexpr, SUM_REGISTERS: tl.constexpr, THREAD: tl.constexpr, THREAD_REGISTERS: tl.constexpr,
+    SUM: tl.constexpr, SUM_REGISTERS: tl.constexpr, LANE: tl.constexpr, LANE_REGISTERS: tl.constexpr,
 ):  # fmt: skip
     """All gradients of one chunk. ``adjoint`` holds what enters from behind and serves as the running g.
 
-    du, ddelta, dz (b, l, d); ``dpacked`` (b, g, warps, n, slab_tiles, 2, TILE) takes dB and dC summed over each
-    warp's channels; dA (b, slab_chunks, n, d), dD and dbias (b, slab_chunks, d) are this program's shares, on top of
-    what they hold with ACCUMULATE.
+    du, ddelta, dz (b, l, d); ``dpacked`` (b, g, blocks, n, slab_tiles, 2, TILE) takes dB and dC summed over this
+    program's channels; dA (b, slab_chunks, n, d), dD and dbias (b, slab_chunks, d) are this program's shares, on top of
+    what they hold with ``accumulate``.
     """
     batch, chunk, group, block, c, mask = locate(per_group, groups, slab_chunks, BLOCK)
     direction = 1 - 2 * ((reverse_mask >> group) & 1)
     begin = (first_chunk + chunk) * CHUNK
     tokens = tl.minimum(length - begin, CHUNK)
-    warps: tl.constexpr = BLOCK // (32 * PACK)
-    blocks = tl.cdiv(per_group, BLOCK) * warps
+    blocks = tl.cdiv(per_group, BLOCK)
     pairs = slab_chunks.to(tl.int64) * CHUNK
     packed += (batch * groups + group) * states * pairs + chunk * CHUNK
-    dpacked += (((batch * groups + group) * blocks + block * warps) * states * pairs + chunk * CHUNK) * 2
+    dpacked += (((batch * groups + group) * blocks + block) * states * pairs + chunk * CHUNK) * 2
     share = batch * slab_chunks + chunk
     history += share * (CHUNK // TILE) * states * channels
     adjoint += share * states * channels
@@ -159,10 +158,8 @@ def gradient_kernel(
         skip = tl.load(D + c, mask=mask, other=0.0).to(tl.float32)
     dskip = tl.zeros([BLOCK], tl.float32)
     doffset = tl.zeros([BLOCK], tl.float32)
-    thread = thread_numbers(THREAD, THREAD_REGISTERS, PACK, BLOCK)
-    lane = thread % 32
+    lane = lane_numbers(LANE, LANE_REGISTERS, PACK, BLOCK)
     sharers: tl.constexpr = 32 // (2 * TILE)
-    warp_share = thread // 32 * states * pairs * 2 + lane // sharers
     dense = length.to(tl.int64) * channels
     tiles = tl.cdiv(tokens, TILE)
     for back in range(tiles):
@@ -186,7 +183,7 @@ def gradient_kernel(
         ddrives = zeros(TILE, BLOCK)
         dsteps = zeros(TILE, BLOCK)
         tile_history = history + (t // TILE) * states * channels
-        again = mask & (ACCUMULATE | (back > 0))
+        again = mask & ((accumulate != 0) | (back > 0))
         next_h = tl.load(tile_history + c, mask=mask, other=0.0)
         next_a2 = tl.load(A2 + c, mask=mask, other=0.0)
         next_g = tl.load(adjoint + c, mask=mask, other=0.0)
@@ -236,9 +233,9 @@ def gradient_kernel(
                 db += (backwards_db[TILE - 1 - j],)
                 ddrives += (backwards_drives[TILE - 1 - j],)
                 dsteps += (backwards_steps[TILE - 1 - j],)
-            sums = sum_lanes(db + dread, thread, SUM, SUM_REGISTERS, PACK, 2 * TILE, BLOCK)
-            at = dpacked + (i * pairs + t) * 2 + warp_share
-            tl.store(at, sums, mask=(thread >= 0) & (lane % sharers == 0))
+            sums = sum_lanes(db + dread, lane, SUM, SUM_REGISTERS, PACK, 2 * TILE, BLOCK)
+            at = dpacked + (i * pairs + t) * 2 + lane // sharers
+            tl.store(at, sums, mask=(lane >= 0) & (lane % sharers == 0))
         # The rows are read again rather than kept: registers are what this kernel is short of.
         t = opaque(t, SUM is None)
         count = tokens - t
@@ -276,9 +273,9 @@ def gradient_kernel(
                 dy_row += dy_step
                 dz_row += out_step
     at = share * channels + c
-    if ACCUMULATE:
-        dskip += tl.load(dD + at, mask=mask, other=0.0)
-        doffset += tl.load(dbias + at, mask=mask, other=0.0)
+    more = mask & (accumulate != 0)
+    dskip += tl.load(dD + at, mask=more, other=0.0)
+    doffset += tl.load(dbias + at, mask=more, other=0.0)
     tl.store(dD + at, dskip, mask=mask)
     tl.store(dbias + at, doffset, mask=mask)
 

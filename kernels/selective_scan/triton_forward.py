@@ -50,15 +50,15 @@ def pack_kernel(
         tl.store(at + TILE, x.to(tl.float32), mask=written)
 
 
-@triton.jit(do_not_specialize=["length", "segments", "tiles", "reverse_mask"])
+@triton.jit(do_not_specialize=["length", "segment_length", "segments", "tiles", "reverse_mask"])
 def scan_kernel(
     u, delta, z, y, packed, A2, D, bias, carry, total_steps, initial_state, final_state, saved, seq_idx,
     u_b, u_t, u_c, delta_b, delta_t, delta_c, z_b, z_t, z_c, seq_b, seq_t,
-    length, channels, per_group, groups, states, segments, tiles, reverse_mask,
-    SOFTPLUS: tl.constexpr, SUMMARY: tl.constexpr, CARRIED: tl.constexpr, SEGMENT: tl.constexpr, CHUNK: tl.constexpr,
+    length, channels, per_group, groups, states, segment_length, segments, tiles, reverse_mask,
+    SOFTPLUS: tl.constexpr, SUMMARY: tl.constexpr, CARRIED: tl.constexpr, CHUNK: tl.constexpr,
     TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Scan one segment of SEGMENT tokens.
+    """Scan one segment of ``segment_length`` tokens.
 
     ``carry`` (b, segments, n, d) holds the running state. With SUMMARY the scan starts from zero, leaves the end state
     there and writes the sum of the step sizes to ``total_steps`` (b, segments, d), infinite where a reset cuts the past
@@ -70,8 +70,8 @@ def scan_kernel(
     else:
         batch, segment, group, _, c, mask = locate(per_group, groups, segments, BLOCK)
     direction = 1 - 2 * ((reverse_mask >> group) & 1)
-    begin = segment * SEGMENT
-    tokens = tl.minimum(length - begin, SEGMENT)
+    begin = segment * segment_length
+    tokens = tl.minimum(length - begin, segment_length)
     u_row, u_step = rows(u, batch, begin, length, direction, u_b, u_t)
     delta_row, delta_step = rows(delta, batch, begin, length, direction, delta_b, delta_t)
     pairs = tiles.to(tl.int64) * TILE
@@ -115,8 +115,8 @@ def scan_kernel(
         else:
             for j in tl.static_range(TILE):
                 outputs += (skip * inputs[j],)
-        if not SUMMARY and saved is not None:
-            if t % CHUNK == 0:
+        if not SUMMARY and saved is not None:  # noqa: SIM102  (the compiler must know this half alone)
+            if (begin + t) % CHUNK == 0:
                 chunk = batch * chunks + (begin + t) // CHUNK
                 for i in range(states):
                     h = tl.load(carry + i * channels + c, mask=mask)

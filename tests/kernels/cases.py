@@ -249,14 +249,14 @@ def yardstick(case: Case, dtype: torch.dtype) -> tuple[Results, Results]:
     return exact, exact if dtype == torch.float64 else run(case, inputs, backend="reference")
 
 
-def assert_accurate(case: Case, actual: Results, dtype: torch.dtype) -> None:
+def assert_accurate(case: Case, actual: Results, dtype: torch.dtype, roundings: int = 16) -> None:
     """Fail unless every result is as close to float64 as twice the reference in ``dtype`` is."""
     exact, plain = yardstick(case, dtype)
     assert actual.keys() == exact.keys()
     for name, x in actual.items():
         assert x.dtype == plain[name].dtype, f"{name} has dtype {x.dtype}, expected {plain[name].dtype}"
         error, limit = distances(x, exact[name]), distances(plain[name], exact[name])
-        floor = 16 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+        floor = roundings * torch.finfo(torch.promote_types(dtype, torch.float32)).eps
         for e, bound, norm in zip(error, limit, ("mean square", "largest"), strict=True):
             assert e <= 2 * bound + floor, f"{name}: {norm} error {e:.2e}, reference in {dtype} {bound:.2e}"
 

@@ -1,0 +1,180 @@
+"""The Triton selective scan: in Triton's interpreter on the CPU at tiny sizes, and on a GPU (``pytest -m gpu``)."""
+
+import importlib
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from cases import SCAN_CASES, ScanCase, assert_accurate, inputs_in, outputs_and_gradients, run
+from torch import Tensor
+
+from seqssm.kernels import selective_scan, selective_scan_step
+
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(not INTERPRET, reason="runs in a process of its own: see test_in_the_interpreter")
+TINY = {  # chunks of 8 tokens, segments of 16, tiles of 4
+    "one-token": ScanCase(l=1, b=2, d=3, n=2, optional=False, state=False),
+    "segments": ScanCase(l=19, d=5, n=3),
+    "both-directions": ScanCase(l=18, b=2, d=4, n=1, g=2, reverse=(False, True), packed=7),
+    "strided": ScanCase(l=9, d=4, n=2, g=2, packed=1, strided=True, reverse=True),
+    "channel-blocks": ScanCase(l=5, d=35, n=2),
+}
+
+
+def test_in_the_interpreter() -> None:
+    if INTERPRET:
+        pytest.skip("this is that process")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    result = subprocess.run(
+        command, env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
+    assert " passed" in result.stdout
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles, chunks, segments and slabs so small that a few dozen tokens have several of each."""
+    module = importlib.import_module("seqssm.kernels.selective_scan.triton")
+    sizes = {"CHUNK": 8, "_SEGMENT": 16, "_SHORTEST_SEGMENT": 16, "_HISTORY_BYTES": 1, "_TILE": 4, "_BLOCK": 32}
+    for name, value in sizes.items():
+        monkeypatch.setattr(module, name, value)
+
+
+@interpreted
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize("name", TINY)
+def test_accuracy_float32(name: str) -> None:
+    case = TINY[name]
+    assert_accurate(case, run(case, inputs_in(case, torch.float32), backend="triton"), torch.float32)
+
+
+@interpreted
+@pytest.mark.usefixtures("tiny")
+def test_accuracy_float16() -> None:  # the interpreter truncates to bfloat16
+    case = TINY["strided"]
+    result = run(case, inputs_in(case, torch.float16), backend="triton")
+    assert_accurate(case, result, torch.float16)
+    assert result["y"].dtype == torch.float16
+    assert result["final_state"].dtype == torch.float32
+
+
+@interpreted
+@pytest.mark.parametrize("groups", [1, 2])
+def test_step_equals_scan(groups: int) -> None:
+    check_step(groups, torch.float32, "cpu")
+
+
+def check_step(groups: int, dtype: torch.dtype, device: str) -> None:
+    case = ScanCase(l=4, b=3, d=8, n=5, g=groups)
+    inputs = inputs_in(case, dtype, device)
+    y, final_state = selective_scan(**inputs, delta_softplus=True, backend="reference")
+    state = inputs.pop("initial_state").clone()
+    for t in range(case.l):
+        token = {k: x[:, t] if k in ("u", "delta", "B", "C", "z") else x for k, x in inputs.items()}
+        out = selective_scan_step(state, **token, delta_softplus=True, backend="triton")
+        torch.testing.assert_close(out, y[:, t], rtol=2e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-4)
+    torch.testing.assert_close(state, final_state, rtol=1e-4, atol=1e-5)
+
+
+def on_gpu(case: ScanCase, dtype: torch.dtype) -> dict[str, Tensor]:
+    options = {} if case.options["seq_idx"] is None else {"seq_idx": case.options["seq_idx"].cuda()}
+    return run(case, inputs_in(case, dtype, "cuda"), backend="triton", **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", SCAN_CASES)
+def test_accuracy_on_gpu(name: str, dtype: torch.dtype) -> None:
+    # The hardware's exp2 is good to two units in the last place, which a long memory adds up.
+    assert_accurate(SCAN_CASES[name], on_gpu(SCAN_CASES[name], dtype), dtype, roundings=64)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("reverse", [False, True])
+def test_slabs_and_equal_bits_on_gpu(reverse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("seqssm.kernels.selective_scan.triton")
+    monkeypatch.setattr(module, "_HISTORY_BYTES", 1 << 20)
+    case = ScanCase(l=3001, b=2, d=96, n=16, reverse=reverse)
+    inputs = inputs_in(case, torch.float32, "cuda")
+    first, second = (run(case, inputs, backend="triton") for _ in range(2))
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    exact = run(case, {k: x.double() for k, x in inputs.items()}, backend="torch")
+    for name, x in first.items():
+        error = (x - exact[name]).norm() / exact[name].norm()
+        assert error < 2e-5, f"{name}: {error:.1e}"
+
+
+@pytest.mark.gpu
+def test_offsets_beyond_two_to_the_31_on_gpu() -> None:
+    """The end of 2048 x 2**20 bfloat16 elements: equal to a scan of the last tokens, entered by the state before."""
+    d, l, n, tail = 2048, 1 << 20, 4, 1024
+    generator = torch.Generator("cuda").manual_seed(0)
+    fused = torch.randn(1, l, d, generator=generator, device="cuda", dtype=torch.bfloat16)
+    B, C = (torch.randn(1, l, n, generator=generator, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    A = -torch.rand(d, n, generator=generator, device="cuda") - 1.0
+    with torch.no_grad():
+        y, state = selective_scan(fused, fused, A, B, C, delta_softplus=True, backend="triton")
+        _, middle = selective_scan(*(x[:, :-tail] if x.dim() == 3 else x for x in (fused, fused, A, B, C)),
+                                   delta_softplus=True, backend="triton")  # fmt: skip
+        last = [x[:, -tail:] if x.dim() == 3 else x for x in (fused, fused, A, B, C)]
+        expected, final = selective_scan(*last, delta_softplus=True, initial_state=middle, backend="torch")
+    torch.testing.assert_close(y[:, -tail:].float(), expected.float(), rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(state, final, rtol=1e-4, atol=1e-4)
+    del y, expected
+    # Backwards, the gradients of the first tokens live at the far end when the scan runs in reverse.
+    leaves = [x.detach().requires_grad_() for x in (fused, A, B, C)]
+    far = [x.detach()[:, -tail:].clone().requires_grad_() if x.dim() == 3 else x.detach().clone().requires_grad_()
+           for x in (fused, A, B, C)]  # fmt: skip
+    y, _ = selective_scan(leaves[0], leaves[0], *leaves[1:], delta_softplus=True, reverse=True, backend="triton")
+    y[:, -tail:].float().sum().backward()
+    y, _ = selective_scan(far[0], far[0], *far[1:], delta_softplus=True, reverse=True, backend="torch")
+    y.float().sum().backward()
+    for whole, part in zip(leaves, far, strict=True):
+        got = whole.grad[:, -tail:] if whole.dim() == 3 else whole.grad
+        error = (got.float() - part.grad.float()).norm() / part.grad.float().norm()
+        assert error < 2e-2, f"{error:.1e}"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_step_on_gpu(groups: int, dtype: torch.dtype) -> None:
+    check_step(groups, dtype, "cuda")
+
+
+@pytest.mark.gpu
+def test_step_in_a_cuda_graph() -> None:
+    case = ScanCase(l=1, b=2, d=64, n=16)
+    inputs = inputs_in(case, torch.float32, "cuda")
+    initial = inputs.pop("initial_state")
+    token = {k: x[:, 0] if k in ("u", "delta", "B", "C", "z") else x for k, x in inputs.items()}
+    state = initial.clone()
+    expected = [selective_scan_step(state, **token, delta_softplus=True) for _ in range(3)]
+    captured = initial.clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = selective_scan_step(captured, **token, delta_softplus=True)
+    captured.copy_(initial)
+    for y in expected:
+        graph.replay()
+        torch.testing.assert_close(out, y, rtol=0, atol=0)
+    torch.testing.assert_close(captured, state, rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+def test_operator_on_gpu() -> None:
+    case = ScanCase(l=300, b=2, d=6, g=2)
+    t = {k: x.requires_grad_() for k, x in inputs_in(case, torch.float32, "cuda").items()}
+    every = (t["u"], t["delta"], t["A"], t["B"], t["C"], t["D"], t["z"], t["delta_bias"], True, t["initial_state"])
+    torch.library.opcheck(torch.ops.seqssm.selective_scan.default, (*every, None, (False, True), True, "triton"))
+
+    def operator(**kw: Tensor) -> tuple[Tensor, Tensor]:
+        y, state = selective_scan(**kw | {"u": kw["u"] * 2}, delta_softplus=True, reverse=(False, True))
+        return y + 1, state
+
+    expected = outputs_and_gradients(operator, inputs_in(case, torch.float32, "cuda"))
+    compiled = outputs_and_gradients(torch.compile(operator, fullgraph=True), inputs_in(case, torch.float32, "cuda"))
+    torch.testing.assert_close(compiled, expected, rtol=1e-5, atol=1e-5)
