@@ -8,6 +8,9 @@ Memory is addressed as in C, by a pointer (``Tensor.data_ptr()``, an integer) an
 checked, and nothing is counted, which for Numba's arrays would cost more than the arithmetic on short runs.
 """
 
+# Numba's functions take their types from Numba.
+# mypy: allow-untyped-defs
+
 import collections
 import contextlib
 import functools
@@ -15,15 +18,17 @@ import operator
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numba
 import numpy as np
 import torch
 from llvmlite import ir
+from numba import extending
 from numba.core import cgutils, types
 from numba.core.typing import signature
 from numba.core.typing.templates import ConcreteTemplate, infer_global
-from numba.extending import intrinsic, lower_builtin, models, register_model
+from numba.extending import lower_builtin, models, register_model
 from torch import Tensor
 
 LANES = 8
@@ -53,21 +58,26 @@ vector = VectorType()
 
 @register_model(VectorType)
 class _VectorModel(models.PrimitiveModel):
-    def __init__(self, manager, type_):  # type: ignore[no-untyped-def]
+    def __init__(self, manager, type_):
         super().__init__(manager, type_, _VECTOR)
 
 
-def jit(signature_: str | None = None) -> Callable:
+def intrinsic(function: Callable) -> Any:
+    """``numba.extending.intrinsic``; the typing context in front of its arguments is Numba's affair."""
+    return extending.intrinsic(function)
+
+
+def jit(signature_: str | None = None) -> Callable[[Callable], Any]:
     """``numba.njit`` for kernels (with a signature: compiled at once, kept on disk) and for what they are made of.
 
     Multiply-adds may fuse; nothing else is relaxed, so that NaN and infinity keep their meaning and results their bits.
     """
-    options = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
+    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
     if signature_ is None:
         # A call would spill every vector. A helper comes with its kernel: it needs no place on disk.
         return numba.njit(forceinline=True, **options)
 
-    def decorate(function: Callable) -> Callable:
+    def decorate(function: Callable) -> Any:
         try:
             return numba.njit(signature_, cache=True, **options)(function)
         except RuntimeError:  # no folder can be written to: compile in every process
@@ -120,7 +130,7 @@ def _define_operator(function: Callable, method: str) -> None:
         cases = [signature(vector, vector, vector)]  # noqa: RUF012
 
     @lower_builtin(function, VectorType, VectorType)
-    def _lower(context, builder, sig, args):  # type: ignore[no-untyped-def]
+    def _lower(context, builder, sig, args):
         return getattr(builder, method)(*args, flags=("contract",))
 
 
@@ -133,23 +143,23 @@ for _function, _method in (
     _define_operator(_function, _method)
 
 
-def _element(builder, pointer, index, kind):  # type: ignore[no-untyped-def]
+def _element(builder, pointer, index, kind):
     return builder.gep(builder.inttoptr(pointer, kind.as_pointer()), [index])
 
 
-def _getter(number: types.Type, kind: ir.Type) -> Callable:
-    def typing(typingctx, pointer, index):  # type: ignore[no-untyped-def]
-        def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
-            return builder.load(_element(builder, *args, kind))
+def _getter(number: types.Type, kind: ir.Type) -> Any:
+    def typing(typingctx, pointer, index):
+        def codegen(context, builder, sig, args):
+            return builder.load(_element(builder, args[0], args[1], kind))
 
         return number(types.int64, types.int64), codegen
 
     return intrinsic(typing)
 
 
-def _setter(number: types.Type, kind: ir.Type) -> Callable:
-    def typing(typingctx, pointer, index, value):  # type: ignore[no-untyped-def]
-        def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+def _setter(number: types.Type, kind: ir.Type) -> Any:
+    def typing(typingctx, pointer, index, value):
+        def codegen(context, builder, sig, args):
             builder.store(args[2], _element(builder, args[0], args[1], kind))
             return context.get_dummy_value()
 
@@ -165,10 +175,10 @@ get_byte = _getter(types.uint8, ir.IntType(8))
 
 
 @intrinsic
-def splat(typingctx, x):  # type: ignore[no-untyped-def]
+def splat(typingctx, x):
     """A scalar in every lane."""
 
-    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, sig, args):
         undefined = ir.Constant(_VECTOR, ir.Undefined)
         first = builder.insert_element(undefined, args[0], ir.Constant(_INT, 0))
         return builder.shuffle_vector(first, undefined, ir.Constant(_INTS, [0] * LANES))
@@ -177,21 +187,21 @@ def splat(typingctx, x):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def load(typingctx, pointer, index):  # type: ignore[no-untyped-def]
+def load(typingctx, pointer, index):
     """Eight consecutive floats from ``index`` on."""
 
-    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
-        address = _element(builder, *args, _FLOAT)
+    def codegen(context, builder, sig, args):
+        address = _element(builder, args[0], args[1], _FLOAT)
         return builder.load(builder.bitcast(address, _VECTOR.as_pointer()), align=4)
 
     return vector(types.int64, types.int64), codegen
 
 
 @intrinsic
-def store(typingctx, pointer, index, value):  # type: ignore[no-untyped-def]
+def store(typingctx, pointer, index, value):
     """Write eight consecutive floats from ``index`` on."""
 
-    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, sig, args):
         address = _element(builder, args[0], args[1], _FLOAT)
         builder.store(args[2], builder.bitcast(address, _VECTOR.as_pointer()), align=4)
         return context.get_dummy_value()
@@ -200,7 +210,7 @@ def store(typingctx, pointer, index, value):  # type: ignore[no-untyped-def]
 
 
 @jit()
-def load_some(pointer, index, stride, count, spare):  # type: ignore[no-untyped-def]
+def load_some(pointer, index, stride, count, spare):
     """``count`` lanes from every ``stride``-th float, zeros in the others; ``spare`` points to eight floats to use."""
     if count == LANES and stride == 1:
         return load(pointer, index)
@@ -211,7 +221,7 @@ def load_some(pointer, index, stride, count, spare):  # type: ignore[no-untyped-
 
 
 @jit()
-def store_some(pointer, index, stride, value, count, spare):  # type: ignore[no-untyped-def]
+def store_some(pointer, index, stride, value, count, spare):
     """Write the first ``count`` lanes to every ``stride``-th float."""
     if count == LANES and stride == 1:
         store(pointer, index, value)
@@ -222,7 +232,7 @@ def store_some(pointer, index, stride, value, count, spare):  # type: ignore[no-
 
 
 @jit()
-def add_doubles(pointer, index, stride, value, count, spare):  # type: ignore[no-untyped-def]
+def add_doubles(pointer, index, stride, value, count, spare):
     """Add the first ``count`` lanes to every ``stride``-th float64."""
     store(spare, 0, value)
     for lane in range(count):
@@ -231,19 +241,19 @@ def add_doubles(pointer, index, stride, value, count, spare):  # type: ignore[no
 
 
 @intrinsic
-def fmadd(typingctx, a, b, c):  # type: ignore[no-untyped-def]
+def fmadd(typingctx, a, b, c):
     """a b + c, fused where the machine has it."""
 
-    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, sig, args):
         kind = ir.FunctionType(_VECTOR, [_VECTOR] * 3)
         return builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.fmuladd.v8f32"), args)
 
     return vector(vector, vector, vector), codegen
 
 
-def _bound(comparison: str) -> Callable:
-    def typing(typingctx, x, bound):  # type: ignore[no-untyped-def]
-        def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+def _bound(comparison: str) -> Any:
+    def typing(typingctx, x, bound):
+        def codegen(context, builder, sig, args):
             return builder.select(builder.fcmp_ordered(comparison, *args), args[1], args[0])
 
         return vector(vector, vector), codegen
@@ -256,16 +266,16 @@ at_least, at_most = _bound("<"), _bound(">")
 
 
 @intrinsic
-def add_totals(typingctx, pointer, index, a, b):  # type: ignore[no-untyped-def]
+def add_totals(typingctx, pointer, index, a, b):
     """Add the sums of the lanes of ``a`` and ``b``, in a fixed order, to the floats at ``index`` and ``index + 1``."""
     kind = ir.VectorType(_FLOAT, 2)
 
-    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
-        def pick(x, y, lanes):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, sig, args):
+        def pick(x, y, lanes):
             return builder.shuffle_vector(x, y, ir.Constant(ir.VectorType(_INT, len(lanes)), lanes))
 
-        halves = [builder.fadd(pick(x, x, [0, 1, 2, 3]), pick(x, x, [4, 5, 6, 7])) for x in args[2:]]
-        pairs = builder.fadd(pick(*halves, [0, 1, 4, 5]), pick(*halves, [2, 3, 6, 7]))
+        a4, b4 = [builder.fadd(pick(x, x, [0, 1, 2, 3]), pick(x, x, [4, 5, 6, 7])) for x in args[2:]]
+        pairs = builder.fadd(pick(a4, b4, [0, 1, 4, 5]), pick(a4, b4, [2, 3, 6, 7]))
         sums = builder.fadd(pick(pairs, pairs, [0, 2]), pick(pairs, pairs, [1, 3]))
         address = builder.bitcast(_element(builder, args[0], args[1], _FLOAT), kind.as_pointer())
         builder.store(builder.fadd(builder.load(address, align=4), sums), address, align=4)
@@ -275,10 +285,10 @@ def add_totals(typingctx, pointer, index, a, b):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def _power_of_two(typingctx, shifted):  # type: ignore[no-untyped-def]
+def _power_of_two(typingctx, shifted):
     """2 to the integer that sits in the low bits of ``shifted`` = integer + 1.5 2^23, put into the exponent bits."""
 
-    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, sig, args):
         bits = builder.shl(builder.bitcast(args[0], _INTS), ir.Constant(_INTS, [23] * LANES))
         bits = builder.add(bits, ir.Constant(_INTS, [127 << 23] * LANES))
         return builder.bitcast(bits, _VECTOR)
@@ -287,7 +297,7 @@ def _power_of_two(typingctx, shifted):  # type: ignore[no-untyped-def]
 
 
 @jit()
-def _exp2_reduced(f, shifted):  # type: ignore[no-untyped-def]
+def _exp2_reduced(f, shifted):
     # 2^f on [-1/2, 1/2], minimax in relative error (9.1e-8) with the constant term held at 1: a decay near 1, the one
     # that counts over a long sequence, has no bias.
     p = splat(_P5)
@@ -300,7 +310,7 @@ def _exp2_reduced(f, shifted):  # type: ignore[no-untyped-def]
 
 
 @jit()
-def exp2(x):  # type: ignore[no-untyped-def]
+def exp2(x):
     """2^x to 2e-7 of its value; zero below 2^-126.5, infinity from 2^127.5 on, NaN for NaN."""
     x = at_most(at_least(x, splat(_LOWEST)), splat(_HIGHEST))
     shifted = x + splat(_SHIFT)
@@ -308,7 +318,7 @@ def exp2(x):  # type: ignore[no-untyped-def]
 
 
 @jit()
-def exp(x):  # type: ignore[no-untyped-def]
+def exp(x):
     """e^x to 2e-7 of its value; limits as in ``exp2``."""
     x = at_most(at_least(x, splat(_LOWEST_E)), splat(_HIGHEST_E))
     shifted = x * splat(LOG2_E) + splat(_SHIFT)
@@ -319,14 +329,14 @@ def exp(x):  # type: ignore[no-untyped-def]
 
 
 @jit()
-def sigmoid(x):  # type: ignore[no-untyped-def]
+def sigmoid(x):
     """1 / (1 + e^-x), to 3e-7 of its value."""
     one = splat(ONE)
     return one / (one + exp(splat(ZERO) - x))
 
 
 @jit()
-def softplus(x):  # type: ignore[no-untyped-def]
+def softplus(x):
     """log(1 + e^x), to 4e-7 of its value also where e^x is tiny."""
     zero, two = splat(ZERO), splat(_TWO)
     e = exp(at_most(x, zero - x))  # e^-|x|

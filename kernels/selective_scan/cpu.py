@@ -7,6 +7,9 @@ chunk it recomputes states and decays, then runs the adjoint recurrence over the
 not depend on the number of threads. float32 inside; 16-bit inputs are converted first.
 """
 
+# The compiled functions take their types from Numba.
+# mypy: allow-untyped-defs
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -165,7 +168,7 @@ class _Scan:
 
 
 @jit()
-def _spans(packed, changes, row, l, start, length, backwards, bounds):  # type: ignore[no-untyped-def]
+def _spans(packed, changes, row, l, start, length, backwards, bounds):
     """Bounds of the runs of tokens without a reset in a chunk; returns their number and whether the first is fresh."""
     count, fresh = 1, False
     bounds[0] = 0
@@ -182,7 +185,7 @@ def _spans(packed, changes, row, l, start, length, backwards, bounds):  # type: 
 
 
 @jit()
-def _inputs(work, length, width, u, u_at, u_by, delta, delta_at, delta_by, bias, use_softplus, D):  # type: ignore[no-untyped-def]
+def _inputs(work, length, width, u, u_at, u_by, delta, delta_at, delta_by, bias, use_softplus, D):
     """Fill in, for each token, the input, the step, their product, and D times the input."""
     for t in range(length):
         o = t * _ROW
@@ -197,7 +200,7 @@ def _inputs(work, length, width, u, u_at, u_by, delta, delta_at, delta_by, bias,
 
 
 @jit("void(int64, int64, int64, UniTuple(int64, 10), UniTuple(int64, 12), UniTuple(int64, 8), UniTuple(int64, 4))")
-def _forward_tasks(first, last, work, sizes, strides, operands, results):  # type: ignore[no-untyped-def]
+def _forward_tasks(first, last, work, sizes, strides, operands, results):
     _, l, d, g, n, vectors, shares, use_softplus, gated, packed = sizes
     u_row, u_token, delta_row, delta_token, z_row, z_token, B_row, B_token, B_group, C_row, C_token, C_group = strides
     u, delta, z, B, C, parameters, changes, directions = operands
@@ -250,7 +253,7 @@ def _forward_tasks(first, last, work, sizes, strides, operands, results):  # typ
 
 
 @jit("void(int64, int64, int64, UniTuple(int64, 10), UniTuple(int64, 16), UniTuple(int64, 8), UniTuple(int64, 10))")
-def _backward_tasks(first, last, work, sizes, strides, operands, results):  # type: ignore[no-untyped-def]
+def _backward_tasks(first, last, work, sizes, strides, operands, results):
     b, l, d, g, n, vectors, shares, use_softplus, gated, packed = sizes
     u_row, u_token, delta_row, delta_token, z_row, z_token, B_row, B_token, B_group, C_row, C_token, C_group = strides[
         :12

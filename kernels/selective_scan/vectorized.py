@@ -90,7 +90,7 @@ def backward(
             entry = scan.enter(states[:, start // CHUNK], rows)
             history = block.run(entry, work[1])
             dout = scan.read(dy, rows, start, block.stop)  # (K, b, g, 1, c)
-            if dz is not None:
+            if dz is not None and block.z is not None:
                 sigmoid = torch.sigmoid(block.z)
                 silu_slope = sigmoid * (1 + block.z * (1 - sigmoid))
                 scan.write(dz, rows, start, dout * block.read_out(history) * silu_slope)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from seqssm.kernels import causal_conv1d, causal_conv1d_step
 
-BACKENDS = ("torch",)
+BACKENDS = ("torch", "numba")
 
 
 @pytest.fixture(autouse=True)
