@@ -1,3 +1,5 @@
+# mypy: ignore-errors
+# (these functions are Triton's language, which Python's types do not describe)
 """Building blocks of the Triton kernels of the selective scan and the convolution.
 
 A program owns a block of channels, spread over its lanes, and walks over time in tiles of TILE tokens. A quantity per

@@ -57,7 +57,7 @@ def forward(
     initial_state = _contiguous32(initial_state)
     with use_device(u):
         packed, tiles = _pack(B, C, 0, l, l, mask, _TILE)
-        total_steps = _float32(b, segments, d, like=u) if segments > 1 else None
+        total_steps = _float32(b, segments, d, like=u)
 
         def scan(segments_to_scan: int, summary: bool) -> None:
             scan_kernel[(programs * segments_to_scan,)](
@@ -110,7 +110,7 @@ def backward(
     adjoint, dA = (_float32(b, slab, n, d, like=u) for _ in range(2))
     total_steps, dD, dbias = (_float32(b, slab, d, like=u) for _ in range(3))
     dpacked = _float32(b, g, blocks, n, slab * (CHUNK // tile), 2, tile, like=u)
-    dstate = _contiguous32(dfinal_state).clone()
+    dstate = dfinal_state.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
     with use_device(u):
         # From the last slab to the first, which takes the odd rest: what it adds to is there by then.
         for end in range(chunks, 0, -slab):
@@ -137,10 +137,17 @@ def backward(
                 dpacked, dB, dC, first * CHUNK, tiles, l, g, blocks, n, mask,
                 TILE=tile, BLOCK_T=block_t, BLOCK_N=block_n,
             )  # fmt: skip
-    dA = dA.sum((0, 1)).t()
-    dD = None if D is None else dD.sum((0, 1))
-    dbias = None if delta_bias is None else dbias.sum((0, 1))
-    return du, ddelta, dA, dB, dC, dD, dz, dbias, None if initial_state is None else dstate
+    return (
+        du,
+        ddelta,
+        dA.sum((0, 1)).t(),
+        dB,
+        dC,
+        None if D is None else dD.sum((0, 1)),
+        dz,
+        None if delta_bias is None else dbias.sum((0, 1)),
+        None if initial_state is None else dstate,
+    )
 
 
 def step(

@@ -1,3 +1,5 @@
+# mypy: ignore-errors
+# (these functions are Triton's language, which Python's types do not describe)
 """Triton kernels of the backward selective scan.
 
 With g_t the gradient of the state h_t and dY_t that of the ungated output, g_t = C_t dY_t + exp(delta_{t+1} A) g_{t+1}.

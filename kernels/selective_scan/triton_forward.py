@@ -1,3 +1,5 @@
+# mypy: ignore-errors
+# (these functions are Triton's language, which Python's types do not describe)
 """Triton kernels of the forward selective scan: pack B and C, scan a segment, pass states between segments, one step.
 
 Segments of the length are scanned side by side. ``scan_kernel`` first gives each segment's end state from zero and its
