@@ -146,7 +146,7 @@ def test_balance_weighs_the_classes_equally(balance):
 @pytest.fixture(scope="module")
 def aligned():
     """A network trained on a motif at one place."""
-    train, validation = motif_windows(256, 0, at=20), motif_windows(64, 1, at=20)
+    train, validation = motif_windows(160, 0, at=20), motif_windows(64, 1, at=20)
     return SmallCNN(2, reverse_complement=False, epochs=3).fit(train, validation)
 
 
