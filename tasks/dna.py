@@ -21,6 +21,7 @@ from torchmetrics.classification import (
 from seqssm.backbone import Backbone, BackboneConfig
 from seqssm.data import DNABatch
 from seqssm.data.dna.alphabet import VOCABULARY_SIZE, N, complement, reverse_complement
+from seqssm.errors import UserError
 from seqssm.tasks.base import OptimizerConfig, Task
 
 
@@ -32,7 +33,11 @@ class DNAClassification(Task):
         backbone: the model; ``reverse_complement: true`` in it makes the answer the same for both strands, exactly.
         kmer: embed each position not only as its base but also as the k-mer that ends there, read along the strand:
             composition is then one linear layer away. 1 for bases alone.
+        patch: average the embeddings of so many neighbouring bases into one position of the backbone: long windows at
+            a fraction of the cost, where the order of single bases matters less than composition. 1 for none.
         pooling: how positions become one vector: their mean, or the last real one (for causal models).
+        standardize: scale the pooled vector by its statistics over the training windows (batch normalisation). The mean
+            over a long window differs little from one window to the next, and without it learning is slow.
         label_smoothing: share of the target spread evenly over the classes.
         class_weights: one weight a class, ``balanced`` (inverse frequency in the training windows), or none.
         average_strands: outside training, average the probabilities of the sequence and its reverse complement.
@@ -47,7 +52,9 @@ class DNAClassification(Task):
         labels: list[str],
         backbone: BackboneConfig = BackboneConfig(),  # noqa: B008 - frozen
         kmer: int = 1,
+        patch: int = 1,
         pooling: Literal["mean", "last"] = "mean",
+        standardize: bool = False,
         label_smoothing: float = 0.0,
         class_weights: list[float] | Literal["balanced"] | None = None,
         average_strands: bool = True,
@@ -60,25 +67,33 @@ class DNAClassification(Task):
             init_from,
             labels=list(labels),
             kmer=kmer,
+            patch=patch,
             pooling=pooling,
+            standardize=standardize,
             label_smoothing=label_smoothing,
             class_weights=class_weights,
             average_strands=average_strands,
         )
         self.labels = list(labels)
         self.kmer = kmer
+        self.patch = patch
         self.pooling = pooling
         self.label_smoothing = label_smoothing
         self.class_weights = class_weights
         self.average_strands = average_strands
 
         config = self.backbone_config
+        if patch > 1 and config.reverse_complement:
+            raise UserError(
+                "model.patch must be 1 with backbone.reverse_complement: patches of the strands do not align"
+            )
         self.embedding = nn.Embedding(VOCABULARY_SIZE, config.d_model)
         nn.init.normal_(self.embedding.weight, std=0.02)
         if kmer > 1:
             self.kmer_embedding = nn.Embedding(4**kmer + 1, config.d_model, padding_idx=4**kmer)
             nn.init.zeros_(self.kmer_embedding.weight)
         self.backbone = Backbone(config)
+        self.standardize = nn.BatchNorm1d(config.d_model) if standardize else nn.Identity()
         self.head = nn.Linear(config.d_model, len(labels))
         weights = class_weights if isinstance(class_weights, list) else [1.0] * len(labels)
         self.register_buffer("class_weight", torch.tensor(weights), persistent=False)
@@ -107,22 +122,47 @@ class DNAClassification(Task):
         Returns:
             (b, c) float32 logits. Padding and neighbours in the batch do not change them.
         """
-        length = tokens.shape[1]
-        x = self._embed(tokens, reverse=False)  # (b, l, d)
+        x = self._embed(tokens, lengths, reverse=False)  # (b, l, d), l counting patches from here on
         if self.backbone_config.reverse_complement:
-            x = torch.cat([x, self._embed(complement(tokens), reverse=True)], dim=-1)  # (b, l, 2d): two strands
-        real = torch.arange(length, device=tokens.device) < lengths[:, None]  # (b, l)
+            x = torch.cat(
+                [x, self._embed(complement(tokens), lengths, reverse=True)], dim=-1
+            )  # (b, l, 2d): two strands
+        lengths = -(-lengths // self.patch)
+        real = torch.arange(x.shape[1], device=x.device) < lengths[:, None]  # (b, l)
         padded = not bool(real.all())
         # Padding precedes the real tokens of a backward scan: its own segment keeps it out of their state.
         seq_idx = (~real).to(torch.int32) if padded and not self.backbone.causal else None
         y, _ = self.backbone(x, seq_idx=seq_idx)
         pooled = self._pool(y, lengths, real if padded else None)
         with torch.autocast(device_type=pooled.device.type, enabled=False):
-            return self.head(pooled)
+            return self.head(self.standardize(pooled))
 
-    def _embed(self, tokens: Tensor, reverse: bool) -> Tensor:
-        x = self.embedding(tokens.long())
-        return x if self.kmer == 1 else x + self.kmer_embedding(kmer_ids(tokens, self.kmer, reverse))
+    def _embed(self, tokens: Tensor, lengths: Tensor, reverse: bool) -> Tensor:
+        """(b, l) tokens to (b, ceil(l / patch), d)."""
+        x = self._average(self.embedding, tokens.long(), lengths)
+        if self.kmer > 1:
+            x = x + self._average(self.kmer_embedding, kmer_ids(tokens, self.kmer, reverse), lengths)
+        return x
+
+    def _average(self, embedding: nn.Embedding, ids: Tensor, lengths: Tensor) -> Tensor:
+        """Embed (b, l) ids and average each patch over its real positions: (b, ceil(l / patch), d)."""
+        if self.patch == 1:
+            return embedding(ids)
+        batch, length = ids.shape
+        patches = -(-length // self.patch)
+        ids = F.pad(ids, (0, patches * self.patch - length))
+        real = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
+        count = real.view(batch, patches, -1).sum(-1).clamp(min=1)  # (b, patches)
+        weights = (real / count.repeat_interleave(self.patch, 1)).to(embedding.weight.dtype)
+        # A bag sums its rows without writing (b, l, d) to memory.
+        bags = F.embedding_bag(
+            ids.view(-1, self.patch),
+            embedding.weight,
+            mode="sum",
+            per_sample_weights=weights.view(-1, self.patch),
+            padding_idx=embedding.padding_idx,
+        )
+        return bags.view(batch, patches, -1)
 
     def _pool(self, y: Tensor, lengths: Tensor, real: Tensor | None) -> Tensor:
         """(b, l, d or 2d) to (b, d), in float32 or wider; ``real`` (b, l) marks what is no padding, None: all."""

@@ -57,6 +57,25 @@ def test_padding_and_neighbours_change_nothing(backbone: dict, pooling: str) -> 
         torch.testing.assert_close(together[i : i + 1], alone, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize(("patch", "kmer"), [(8, 1), (8, 3)])
+def test_patches_are_the_means_of_their_embeddings(patch: int, kmer: int) -> None:
+    task = make_task(backbone=BACKBONES["two-way"], patch=patch, kmer=kmer, standardize=True).double()
+    if kmer > 1:
+        torch.nn.init.normal_(task.kmer_embedding.weight[:-1])
+    batch = random_batch([37, 64, 5])
+    embedded = task._embed(batch.tokens, batch.lengths, reverse=False)
+    for row, tokens, length in zip(embedded, batch.tokens, batch.lengths.tolist(), strict=True):
+        single = task.embedding(tokens[:length].long())
+        if kmer > 1:
+            single = single + task.kmer_embedding(kmer_ids(tokens[None, :length], kmer))[0]
+        expected = torch.stack([piece.mean(0) for piece in single.split(patch)])
+        torch.testing.assert_close(row[: len(expected)], expected)
+    together = task(batch.tokens, batch.lengths)
+    for i, length in enumerate(batch.lengths):
+        alone = task(batch.tokens[i : i + 1, :length], batch.lengths[i : i + 1])
+        torch.testing.assert_close(together[i : i + 1], alone, atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize("pooling", ["mean", "last"])
 @pytest.mark.parametrize("kmer", [1, 3])
 def test_strand_equivariant_backbone_gives_both_strands_one_answer(pooling: str, kmer: int) -> None:
