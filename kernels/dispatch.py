@@ -43,8 +43,10 @@ def check(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def check_shape(name: str, tensor: Tensor, shape: Sequence[int], dims: str) -> None:
-    """Raise unless ``tensor`` is floating point and has ``shape``; ``dims`` names it, as in ``"(b, l, d)"``."""
+def check_shape(name: str, tensor: Tensor | None, shape: Sequence[int], dims: str) -> None:
+    """Raise unless ``tensor`` is None, or floating point with ``shape``; ``dims`` names it, as in ``"(b, l, d)"``."""
+    if tensor is None:
+        return
     if tuple(tensor.shape) != tuple(shape):
         raise ValueError(f"{name} must have shape {dims} = {tuple(shape)}, got {tuple(tensor.shape)}")
     if not tensor.is_floating_point():

@@ -32,6 +32,7 @@ from numba.extending import lower_builtin, models, register_model
 from torch import Tensor
 
 LANES = 8
+_WORTH_A_THREAD = 1 << 16  # elements: some 50 microseconds
 _FLOAT, _INT = ir.FloatType(), ir.IntType(32)
 _VECTOR, _INTS = ir.VectorType(_FLOAT, LANES), ir.VectorType(_INT, LANES)
 ZERO, ONE, LN_2, LOG2_E = (np.float32(x) for x in (0.0, 1.0, 0.6931471805599453, 1.4426950408889634))
@@ -88,28 +89,35 @@ def jit(signature_: str | None = None) -> Callable[[Callable], Any]:
 
 def addressable(x: Tensor) -> Tensor:
     """``x`` in float32 with neighbours in its last dimension next to each other; copies only if it is not."""
-    x = x.detach().float()
-    return x if x.stride(-1) == 1 else x.contiguous()
+    if x.dtype != torch.float32 or x.stride(-1) != 1 or x.requires_grad:
+        x = x.detach().float()
+        x = x if x.stride(-1) == 1 else x.contiguous()
+    return x
 
 
-def parallel(function: Callable, tasks: int, scratch: int, *arguments: object) -> None:
+def parallel(function: Callable, tasks: int, work: int, scratch: int, *arguments: object) -> None:
     """Run the compiled ``function(first, last, scratch, *arguments)`` over all tasks, on as many threads as torch uses.
 
-    Each thread has ``scratch`` floats of its own and takes a few tasks at a time. Numba's own threads are not used:
-    they must not be entered from two threads at once, nor after a fork.
+    ``work`` is the number of elements to go through: little work stays on few threads. Each thread has ``scratch``
+    floats of its own and takes a few tasks at a time. Numba's own threads are not used: they must not be entered from
+    two threads at once, nor after a fork.
     """
-    threads = min(torch.get_num_threads(), tasks)
-    pieces = min(tasks, 4 * threads) if threads > 1 else 1
+    threads = min(torch.get_num_threads(), tasks, 1 + work // _WORTH_A_THREAD)
+    if threads == 1:
+        own = torch.empty(scratch)
+        function(0, tasks, own.data_ptr(), *arguments)
+        return
+    pieces = min(tasks, 4 * threads)
     waiting = collections.deque((tasks * i // pieces, tasks * (i + 1) // pieces) for i in range(pieces))
 
-    def work() -> None:
+    def run() -> None:
         own = torch.empty(scratch)
         with contextlib.suppress(IndexError):
             while True:
                 function(*waiting.popleft(), own.data_ptr(), *arguments)
 
-    helpers = [_pool(os.getpid()).submit(work) for _ in range(threads - 1)]
-    work()
+    helpers = [_pool(os.getpid()).submit(run) for _ in range(threads - 1)]
+    run()
     for helper in helpers:
         helper.result()
 
@@ -263,6 +271,20 @@ def _bound(comparison: str) -> Any:
 
 # max(x, bound) and min(x, bound) in which a NaN of x stays: a comparison with it is false.
 at_least, at_most = _bound("<"), _bound(">")
+
+
+@intrinsic
+def total(typingctx, x):
+    """Sum of the lanes, in a fixed order: halves, then quarters, then neighbours."""
+
+    def codegen(context, builder, sig, args):
+        x = args[0]
+        for half in (4, 2, 1):
+            lanes = [i + half if i < half else i for i in range(LANES)]
+            x = builder.fadd(x, builder.shuffle_vector(x, x, ir.Constant(_INTS, lanes)))
+        return builder.extract_element(x, ir.Constant(_INT, 0))
+
+    return types.float32(vector), codegen
 
 
 @intrinsic

@@ -50,7 +50,7 @@ def forward(
     conv = _Conv(x, weight, bias, activation, initial_state, seq_idx, reverse)
     y, final_state = torch.empty(b, l, d), torch.empty(b, d, weight.shape[1] - 1)
     results = (y.data_ptr(), final_state.data_ptr())
-    parallel(_forward_tasks, conv.tasks, LANES, conv.sizes, conv.pointers, results)
+    parallel(_forward_tasks, conv.tasks, y.numel(), LANES, conv.sizes, conv.pointers, results)
     return y.to(x.dtype), final_state.to(x.dtype)
 
 
@@ -75,10 +75,27 @@ def backward(
     results = tuple(t.data_ptr() for t in (dy, dfinal_state, dx, dinitial_state, sums))
     # The gradient before the activation over a run and what follows it, the sums of a run, and a vector to spare.
     scratch = ((_RUN + k - 1 + k + 1) * conv.parameters.shape[1] + 1) * LANES
-    parallel(_backward_tasks, conv.tasks, scratch, conv.sizes, conv.pointers, (*results, *dy.stride()[:2]))
+    parallel(
+        _backward_tasks, conv.tasks, 4 * dx.numel(), scratch, conv.sizes, conv.pointers, (*results, *dy.stride()[:2])
+    )
     gradient = sums.sum(0).float().mT.flatten(1, 2)[:, : d // len(reverse)].reshape(d, k + 1)
     dbias = None if bias is None else gradient[:, k]
     return dx, gradient[:, :k], dbias, None if initial_state is None else dinitial_state
+
+
+def step(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, activation: bool) -> Tensor:
+    """y (b, d) of one token; ``state`` (b, d, k-1) moves on in place."""
+    b, d = x.shape
+    window, x32, weight = addressable(state), addressable(x), addressable(weight)
+    bias = None if bias is None else addressable(bias)
+    y = torch.empty(b, d)
+    sizes = (b, d, weight.shape[1], activation)
+    strides = (*window.stride()[:2], x32.stride(0), weight.stride(0))
+    pointers = (window.data_ptr(), x32.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr())
+    parallel(_step_tasks, b, y.numel(), LANES, sizes, strides, (*pointers, y.data_ptr()))
+    if window.data_ptr() != state.data_ptr():
+        state.copy_(window)
+    return y.to(x.dtype)
 
 
 class _Conv:
@@ -261,3 +278,27 @@ def _backward_tasks(first, last, douts, sizes, operands, results):
                         store_some(dx, here, 1, gradient, width, spare)
                     else:
                         store_some(dinitial_state, state_at + t, k - 1, gradient, width, spare)
+
+
+@jit("void(int64, int64, int64, UniTuple(int64, 4), UniTuple(int64, 4), UniTuple(int64, 5))")
+def _step_tasks(first, last, spare, sizes, strides, pointers):
+    _, d, k, silu = sizes
+    state_row, state_channel, x_row, weight_channel = strides
+    state, x, weight, bias, y = pointers
+    for row in range(first, last):
+        for channel in range(0, d, LANES):
+            width = min(LANES, d - channel)
+            at, weight_at = row * state_row + channel * state_channel, channel * weight_channel
+            value = load_some(x, row * x_row + channel, 1, width, spare)
+            out = value * load_some(weight, weight_at + k - 1, weight_channel, width, spare)
+            if bias != 0:
+                out = out + load_some(bias, channel, 1, width, spare)
+            # From the newest token to the oldest: each place takes what its successor held.
+            for j in range(k - 2, -1, -1):
+                older = load_some(state, at + j, state_channel, width, spare)
+                out = fmadd(older, load_some(weight, weight_at + j, weight_channel, width, spare), out)
+                store_some(state, at + j, state_channel, value, width, spare)
+                value = older
+            if silu != 0:
+                out = out * sigmoid(out)
+            store_some(y, row * d + channel, 1, out, width, spare)

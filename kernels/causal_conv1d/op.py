@@ -47,7 +47,11 @@ def causal_conv1d(
             missing.
     """
     silu = _is_silu(activation)
-    direction = _check_arguments(x, weight, bias, initial_state, seq_idx, reverse)
+    _check_arguments("b, l", x, weight, bias, initial_state, seq_idx)
+    direction = dispatch.directions(reverse)
+    check(
+        x.shape[2] % len(direction) == 0, f"{x.shape[2]} channels do not split evenly into {len(direction)} directions"
+    )
     chosen = dispatch.choose_backend("causal_conv1d", backend, x, _AVAILABLE)
     if chosen == "reference":
         return reference.causal_conv1d(x, weight, bias, silu, initial_state, seq_idx, direction)
@@ -70,11 +74,10 @@ def causal_conv1d_step(
     """
     silu = _is_silu(activation)
     dispatch.check_inference("causal_conv1d", state, x, weight, bias)
-    check(x.dim() == 2, f"x must have shape (b, d), got {tuple(x.shape)}")
-    _check_arguments(x.unsqueeze(1), weight, bias, state, None, False)
+    _check_arguments("b", x, weight, bias, state, None)
     chosen = dispatch.choose_backend("causal_conv1d", backend, x, _AVAILABLE)
-    if chosen == "triton":
-        return _triton_step(state, x, weight, bias, silu)
+    if chosen not in ("reference", "torch"):
+        return _step(state, x, weight, bias, silu, chosen)
     dtype = dispatch.state_dtype(x.dtype)
     window = torch.cat([state.to(dtype), x.to(dtype).unsqueeze(-1)], dim=-1)  # (b, d, k)
     y = (window * weight.to(dtype)).sum(-1)
@@ -90,29 +93,29 @@ def _is_silu(activation: str | None) -> bool:
 
 
 def _check_arguments(
+    tokens: str,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    initial_state: Tensor | None,
+    state: Tensor | None,
     seq_idx: Tensor | None,
-    reverse: bool | Sequence[bool],
-) -> tuple[bool, ...]:
-    """Raise ValueError unless everything fits; returns one direction for each part of the channels."""
-    check(x.dim() == 3 and x.is_floating_point(), f"x must be floating point (b, l, d), got {tuple(x.shape)} {x.dtype}")
-    check(weight.dim() == 2 and weight.shape[1] > 0, f"weight must have shape (d, k), got {tuple(weight.shape)}")
-    b, l, d = x.shape
+) -> None:
+    """Raise ValueError unless everything fits; ``tokens`` are the dimensions before the channels."""
+    dims = tokens.count(",") + 2
+    if x.dim() != dims or not x.is_floating_point():
+        raise ValueError(f"x must be floating point ({tokens}, d), got {tuple(x.shape)} {x.dtype}")
+    if weight.dim() != 2 or weight.shape[1] == 0:
+        raise ValueError(f"weight must have shape (d, k), got {tuple(weight.shape)}")
+    *lead, d = x.shape
+    if 0 in x.shape:
+        raise ValueError(f"no dimension of x may be empty, got {tuple(x.shape)}")
     k = weight.shape[1]
-    check(b > 0 and l > 0 and d > 0, f"no dimension of x may be empty, got {tuple(x.shape)}")
     check_shape("weight", weight, (d, k), "(d, k)")
-    if bias is not None:
-        check_shape("bias", bias, (d,), "(d,)")
-    if initial_state is not None:
-        check_shape("initial_state", initial_state, (b, d, k - 1), "(b, d, k-1)")
-    dispatch.check_seq_idx(seq_idx, b, l)
-    dispatch.check_devices(x=x, weight=weight, bias=bias, initial_state=initial_state, seq_idx=seq_idx)
-    direction = dispatch.directions(reverse)
-    check(d % len(direction) == 0, f"the channels ({d}) must split evenly into {len(direction)} directions")
-    return direction
+    check_shape("bias", bias, (d,), "(d,)")
+    check_shape("the state", state, (lead[0], d, k - 1), "(b, d, k-1)")
+    if seq_idx is not None:
+        dispatch.check_seq_idx(seq_idx, *lead)
+    dispatch.check_devices(x=x, weight=weight, bias=bias, state=state, seq_idx=seq_idx)
 
 
 def _forward_kernel(
@@ -206,13 +209,15 @@ torch.library.register_autograd("seqssm::causal_conv1d", _autograd, setup_contex
 torch.library.register_autograd("seqssm::causal_conv1d_backward", dispatch.refuse_second_derivative)
 
 
-def _step_kernel(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, activation: bool) -> Tensor:
-    module = dispatch.load_backend("causal_conv1d", "triton")
+def _step_kernel(
+    state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, activation: bool, backend: str
+) -> Tensor:
+    module = dispatch.load_backend("causal_conv1d", backend)
     return module.step(state, x, weight, bias, activation)
 
 
-def _step_fake(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, activation: bool) -> Tensor:
+def _step_fake(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, activation: bool, backend: str) -> Tensor:
     return x.new_empty(x.shape)
 
 
-_triton_step = dispatch.define_operator("causal_conv1d_step", _step_kernel, _step_fake, mutates_args=("state",))
+_step = dispatch.define_operator("causal_conv1d_step", _step_kernel, _step_fake, mutates_args=("state",))

@@ -33,11 +33,13 @@ from seqssm.kernels.simd import (
     load,
     load_some,
     parallel,
+    put,
     sigmoid,
     softplus,
     splat,
     store,
     store_some,
+    total,
 )
 
 # Gradients of B and C are sums over channels: at most this many tasks, of fixed extent, share the channels of a group,
@@ -74,7 +76,16 @@ def forward(
     state = torch.zeros(b, d, n) if initial_state is None else initial_state.detach().float().contiguous().clone()
     states = torch.empty((b, -(-l // CHUNK), d, n) if save_states else 0)
     results = tuple(x.data_ptr() for x in (y, state, states))
-    parallel(_forward_tasks, scan.tasks, _SCRATCH, scan.sizes, scan.strides, scan.pointers, (*results, save_states))
+    parallel(
+        _forward_tasks,
+        scan.tasks,
+        y.numel() * n,
+        _SCRATCH,
+        scan.sizes,
+        scan.strides,
+        scan.pointers,
+        (*results, save_states),
+    )
     return y.to(u.dtype), state, states
 
 
@@ -112,7 +123,9 @@ def backward(
         sums = torch.zeros(scan.shares, b, g, stop - start, n, 2)
         strides = (*scan.strides, *dy.stride()[:2], start, stop)
         pointers = (*results, sums.data_ptr())
-        parallel(_backward_tasks, scan.tasks, _SCRATCH, scan.sizes, strides, scan.pointers, pointers)
+        parallel(
+            _backward_tasks, scan.tasks, 2 * du.numel() * n, _SCRATCH, scan.sizes, strides, scan.pointers, pointers
+        )
         for i, (r, part) in enumerate(zip(reverse, sums.sum(0).unbind(1), strict=True)):
             tokens = slice(l - stop, l - start) if r else slice(start, stop)
             dB[:, tokens, i], dC[:, tokens, i] = (part.flip(1) if r else part).unbind(-1)
@@ -127,6 +140,33 @@ def backward(
         None if delta_bias is None else dbias.sum(0).float(),
         None if initial_state is None else adjoint,
     )
+
+
+def step(
+    state: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+) -> Tensor:
+    """y (b, d) of one token; ``state`` (b, d, n) is updated in place. B, C (b, g, n)."""
+    b, d, n = state.shape
+    h = addressable(state)
+    inputs = [addressable(x) for x in (h, u, delta, u if z is None else z, B, C, A)]
+    parameters = [None if x is None else addressable(x) for x in (D, delta_bias)]
+    y = torch.empty(b, d)
+    sizes = (b, d, B.shape[1], n, delta_softplus, z is not None)
+    strides = tuple(stride for x in inputs for stride in x.stride()[:-1])
+    pointers = (*(x.data_ptr() for x in inputs), *(0 if x is None else x.data_ptr() for x in parameters), y.data_ptr())
+    parallel(_step_tasks, b, state.numel(), 3 * LANES, sizes, strides, pointers)
+    if h.data_ptr() != state.data_ptr():
+        state.copy_(h)
+    return y.to(u.dtype)
 
 
 class _Scan:
@@ -353,3 +393,45 @@ def _backward_tasks(first, last, work, sizes, strides, operands, results):
                         store_some(dz, here, 1, dout * load(work, o + _OUT) * slope, width, spare)
                 add_doubles(dD, row * d + channel, 1, sum_D, width, spare)
                 add_doubles(dbias, row * d + channel, 1, sum_bias, width, spare)
+
+
+@jit("void(int64, int64, int64, UniTuple(int64, 6), UniTuple(int64, 10), UniTuple(int64, 10))")
+def _step_tasks(first, last, scratch, sizes, strides, pointers):
+    _, d, g, n, use_softplus, gated = sizes
+    h_row, h_channel, u_row, delta_row, z_row, B_row, B_group, C_row, C_group, A_channel = strides
+    state, u, delta, z, B, C, A, D, bias, y = pointers
+    scales, sums, spare = scratch, scratch + 4 * LANES, scratch + 8 * LANES
+    for row in range(first, last):
+        for channel in range(0, d, LANES):
+            width = min(LANES, d - channel)
+            x = load_some(u, row * u_row + channel, 1, width, spare)
+            step_size = load_some(delta, row * delta_row + channel, 1, width, spare)
+            if bias != 0:
+                step_size = step_size + load_some(bias, channel, 1, width, spare)
+            if use_softplus != 0:
+                step_size = softplus(step_size)
+            store(scales, 0, step_size)
+            store(sums, 0, step_size * x)
+            # Lanes are states here: a token alone has them next to each other.
+            for lane in range(width):
+                scale, drive = get(scales, lane), splat(get(sums, lane))
+                group = (channel + lane) * g // d
+                out = splat(ZERO)
+                for j in range(0, n, LANES):
+                    count = min(LANES, n - j)
+                    at = row * h_row + (channel + lane) * h_channel + j
+                    decay = exp2(
+                        load_some(A, (channel + lane) * A_channel + j, 1, count, spare) * splat(scale * LOG2_E)
+                    )
+                    h = drive * load_some(B, row * B_row + group * B_group + j, 1, count, spare)
+                    h = fmadd(decay, load_some(state, at, 1, count, spare), h)
+                    store_some(state, at, 1, h, count, spare)
+                    out = fmadd(h, load_some(C, row * C_row + group * C_group + j, 1, count, spare), out)
+                put(sums, lane, total(out))
+            out = load_some(sums, 0, 1, width, spare)
+            if D != 0:
+                out = fmadd(x, load_some(D, channel, 1, width, spare), out)
+            if gated != 0:
+                gate = load_some(z, row * z_row + channel, 1, width, spare)
+                out = out * gate * sigmoid(gate)
+            store_some(y, row * d + channel, 1, out, width, spare)

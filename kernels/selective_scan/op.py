@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from seqssm.kernels import dispatch
-from seqssm.kernels.dispatch import check, check_shape
+from seqssm.kernels.dispatch import check_shape
 from seqssm.kernels.selective_scan import reference
 
 # Backends keep the state that enters every CHUNK tokens, in scan order, for the backward pass.
@@ -57,7 +57,8 @@ def selective_scan(
             missing.
     """
     B, C = (x.unsqueeze(2) if x.dim() == 3 else x for x in (B, C))
-    direction = _check_arguments(u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, reverse)
+    _check_arguments("b, l", u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx)
+    direction = dispatch.directions(reverse, B.shape[2])
     chosen = dispatch.choose_backend("selective_scan", backend, u, _AVAILABLE)
     if chosen == "reference":
         return reference.selective_scan(
@@ -92,27 +93,15 @@ def selective_scan_step(
     """
     B, C = (x.unsqueeze(1) if x.dim() == 2 else x for x in (B, C))
     dispatch.check_inference("selective_scan", state, u, delta, A, B, C, D, z, delta_bias)
-    check(u.dim() == 2, f"u must have shape (b, d), got {tuple(u.shape)}")
-    _check_arguments(
-        u.unsqueeze(1),
-        delta.unsqueeze(1),
-        A,
-        B.unsqueeze(1),
-        C.unsqueeze(1),
-        D,
-        None if z is None else z.unsqueeze(1),
-        delta_bias,
-        state,
-        None,
-        False,
-    )
+    _check_arguments("b", u, delta, A, B, C, D, z, delta_bias, state, None)
     chosen = dispatch.choose_backend("selective_scan", backend, u, _AVAILABLE)
-    if chosen == "triton":
-        return _triton_step(state, u, delta, A, B, C, D, z, delta_bias, delta_softplus)
-    return _torch_step(state, u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    if chosen in ("reference", "torch"):
+        return _torch_step(state, u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    return _step(state, u, delta, A, B, C, D, z, delta_bias, delta_softplus, chosen)
 
 
 def _check_arguments(
+    tokens: str,
     u: Tensor,
     delta: Tensor,
     A: Tensor,
@@ -121,35 +110,36 @@ def _check_arguments(
     D: Tensor | None,
     z: Tensor | None,
     delta_bias: Tensor | None,
-    initial_state: Tensor | None,
+    state: Tensor | None,
     seq_idx: Tensor | None,
-    reverse: bool | Sequence[bool],
-) -> tuple[bool, ...]:
-    """Raise ValueError unless everything fits; returns one direction a group."""
-    check(u.dim() == 3 and u.is_floating_point(), f"u must be floating point (b, l, d), got {tuple(u.shape)} {u.dtype}")
-    check(A.dim() == 2, f"A must have shape (d, n), got {tuple(A.shape)}")
-    check(B.dim() == 4, f"B must have shape (b, l, n) or (b, l, g, n), got {tuple(B.shape)}")
-    b, l, d = u.shape
-    g, n = B.shape[2], A.shape[1]
-    check(b > 0 and l > 0 and d > 0 and n > 0 and g > 0, f"no dimension may be empty: u {tuple(u.shape)}, n {n}, g {g}")
-    check(d % g == 0, f"the channels ({d}) must split evenly among the groups of B and C ({g})")
-    check_shape("delta", delta, (b, l, d), "(b, l, d)")
+) -> None:
+    """Raise ValueError unless everything fits; ``tokens`` are the dimensions before the channels."""
+    dims = tokens.count(",") + 2
+    if u.dim() != dims or not u.is_floating_point():
+        raise ValueError(f"u must be floating point ({tokens}, d), got {tuple(u.shape)} {u.dtype}")
+    if A.dim() != 2:
+        raise ValueError(f"A must have shape (d, n), got {tuple(A.shape)}")
+    if B.dim() != dims + 1:
+        raise ValueError(f"B must have shape ({tokens}, n) or (.., g, n), got {tuple(B.shape)}")
+    *lead, d = u.shape
+    g, n = B.shape[-2], A.shape[1]
+    if 0 in (*lead, d, n, g):
+        raise ValueError(f"no dimension may be empty: u {tuple(u.shape)}, A {tuple(A.shape)}, B {tuple(B.shape)}")
+    if d % g != 0:
+        raise ValueError(f"the channels ({d}) must split evenly among the groups of B and C ({g})")
+    check_shape("delta", delta, u.shape, f"({tokens}, d)")
     check_shape("A", A, (d, n), "(d, n)")
-    check_shape("B", B, (b, l, g, n), "(b, l, g, n)")
-    check_shape("C", C, (b, l, g, n), "(b, l, g, n)")
-    if D is not None:
-        check_shape("D", D, (d,), "(d,)")
-    if z is not None:
-        check_shape("z", z, (b, l, d), "(b, l, d)")
-    if delta_bias is not None:
-        check_shape("delta_bias", delta_bias, (d,), "(d,)")
-    if initial_state is not None:
-        check_shape("initial_state", initial_state, (b, d, n), "(b, d, n)")
-    dispatch.check_seq_idx(seq_idx, b, l)
+    check_shape("B", B, (*lead, g, n), f"({tokens}, g, n)")
+    check_shape("C", C, (*lead, g, n), f"({tokens}, g, n)")
+    check_shape("D", D, (d,), "(d,)")
+    check_shape("z", z, u.shape, f"({tokens}, d)")
+    check_shape("delta_bias", delta_bias, (d,), "(d,)")
+    check_shape("the state", state, (lead[0], d, n), "(b, d, n)")
+    if seq_idx is not None:
+        dispatch.check_seq_idx(seq_idx, *lead)
     dispatch.check_devices(
-        u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias, initial_state=initial_state, seq_idx=seq_idx
+        u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias, state=state, seq_idx=seq_idx
     )
-    return dispatch.directions(reverse, g)
 
 
 def _forward_kernel(
@@ -349,8 +339,9 @@ def _step_kernel(
     z: Tensor | None,
     delta_bias: Tensor | None,
     delta_softplus: bool,
+    backend: str,
 ) -> Tensor:
-    module = dispatch.load_backend("selective_scan", "triton")
+    module = dispatch.load_backend("selective_scan", backend)
     return module.step(state, u, delta, A, B, C, D, z, delta_bias, delta_softplus)
 
 
@@ -365,8 +356,9 @@ def _step_fake(
     z: Tensor | None,
     delta_bias: Tensor | None,
     delta_softplus: bool,
+    backend: str,
 ) -> Tensor:
     return u.new_empty(u.shape)
 
 
-_triton_step = dispatch.define_operator("selective_scan_step", _step_kernel, _step_fake, mutates_args=("state",))
+_step = dispatch.define_operator("selective_scan_step", _step_kernel, _step_fake, mutates_args=("state",))

@@ -150,7 +150,7 @@ def test_compiles_without_graph_breaks() -> None:
         ({"weight": torch.zeros(5, 4)}, "weight must have shape"),
         ({"weight": torch.zeros(6, 0)}, "weight must have shape"),
         ({"bias": torch.zeros(5)}, "bias must have shape"),
-        ({"initial_state": torch.zeros(1, 3, 6)}, "initial_state must have shape"),
+        ({"initial_state": torch.zeros(1, 3, 6)}, "the state must have shape"),
         ({"seq_idx": torch.zeros(1, 20)}, "seq_idx must be an integer"),
         ({"reverse": (True, False, True, False)}, "split evenly into 4"),
         ({"reverse": ()}, "one bool a group"),

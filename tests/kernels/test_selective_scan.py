@@ -238,7 +238,7 @@ def test_compiles_without_graph_breaks() -> None:
         ({"D": torch.zeros(4)}, "D must have shape"),
         ({"z": torch.zeros(1, 19, 6)}, "z must have shape"),
         ({"delta_bias": torch.zeros(6, dtype=torch.int64)}, "delta_bias must be floating point"),
-        ({"initial_state": torch.zeros(1, 4, 6)}, "initial_state must have shape"),
+        ({"initial_state": torch.zeros(1, 4, 6)}, "the state must have shape"),
         ({"seq_idx": torch.zeros(1, 20)}, "seq_idx must be an integer"),
         ({"seq_idx": torch.zeros(2, 20, dtype=torch.int32)}, "seq_idx must have shape"),
         ({"reverse": (True, False, True)}, "one bool a group"),
