@@ -12,7 +12,7 @@ the token that is written.
 
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -198,8 +198,10 @@ class _Scan:
         # (j, i): token i sees token j, itself included.
         self.sees = ones.tril() if part.backwards else ones.triu()
         self.before = self.sees - torch.eye(part.chunk, dtype=self.dtype, device=x.device)
-        self.mask = torch.zeros(_BLOCK, _BLOCK, dtype=torch.float64, device=x.device)
-        self.mask.masked_fill_(self.sees[:_BLOCK, :_BLOCK] == 0, -torch.inf)
+        # To add to log decays: within a block of tokens (j, i), and between whole blocks (J, I).
+        blocks = part.chunk // _BLOCK
+        self.mask = self.sees[:_BLOCK, :_BLOCK].double().log()
+        self.block_mask = self.before[:blocks, :blocks].double().log()
         self.last = 0 if part.backwards else -1  # of the tokens of a chunk, in scan direction
 
     def slabs(self) -> range:
@@ -325,10 +327,8 @@ class _Scan:
         log = log.unflatten(-1, (-1, _BLOCK))  # (c, b, h, m, s)
         leave = log[..., self.last]  # (c, b, h, m): up to the border where the scan leaves each block
         enter = F.pad(leave[..., 1:], [0, 1]) if backwards else F.pad(leave[..., :-1], [1, 0])
-        blocks = torch.ones(log.shape[-2], log.shape[-2], dtype=torch.bool, device=log.device)
-        later = blocks.tril(-1) if backwards else blocks.triu(1)  # (J, I): block I comes after block J
         to_border, from_border = self._exp(leave.unsqueeze(-1) - log), self._exp(log - enter.unsqueeze(-1))
-        between = self._exp((enter.unsqueeze(-2) - leave.unsqueeze(-1)).masked_fill_(~later, -torch.inf))  # (..., J, I)
+        between = self._exp((enter.unsqueeze(-2) - leave.unsqueeze(-1)).add_(self.block_mask))  # (c, b, h, J, I)
         own = log.unsqueeze(-2) - log.unsqueeze(-1)  # (c, b, h, m, j, i)
         own += self.mask
         if resets is not None:
@@ -346,7 +346,7 @@ class _Scan:
         diagonal.copy_(self._exp(own))
         return matrix
 
-    def _room(self, name: str, shape: Sequence[int]) -> Tensor:
+    def _room(self, name: str, shape: tuple[int, ...]) -> Tensor:
         return _memory.get(name, shape, self.sees)
 
     def _exp(self, log: Tensor) -> Tensor:
@@ -453,21 +453,26 @@ class _Memory(threading.local):
     KEPT_BYTES = 2**27
 
     def __init__(self) -> None:
-        self.pieces: dict[tuple[str, torch.dtype], Tensor] = {}
+        self.pieces: dict[tuple[str, torch.dtype], tuple[Tensor, Tensor]] = {}  # memory, and the last view of it
 
-    def get(self, name: str, shape: Sequence[int], like: Tensor) -> Tensor:
+    def get(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """Uninitialised memory, valid until ``name`` is asked for again."""
         if like.device.type != "cpu":
             return like.new_empty(shape)
+        memory, view = self.pieces.get((name, like.dtype), (None, None))
+        if view is not None and view.shape == shape:
+            return view
         size = math.prod(shape)
-        piece = self.pieces.get((name, like.dtype))
-        if piece is None or piece.numel() < size:
-            piece = self.pieces[name, like.dtype] = like.new_empty(size)
-        return piece[:size].view(shape)
+        with torch.inference_mode(False):  # memory first asked for in inference mode must serve in training too
+            if memory is None or memory.numel() < size:
+                memory = torch.empty(size, dtype=like.dtype)
+            view = memory[:size].view(shape)
+        self.pieces[name, like.dtype] = memory, view
+        return view
 
     def trim(self) -> None:
         """Give back what an unusual call took."""
-        if sum(piece.nbytes for piece in self.pieces.values()) > self.KEPT_BYTES:
+        if sum(memory.nbytes for memory, _ in self.pieces.values()) > self.KEPT_BYTES:
             self.pieces.clear()
 
 

@@ -220,6 +220,40 @@ def test_autocast_and_fast_matmul_settings_change_nothing() -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
+def test_memory_first_used_in_inference_mode_serves_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vectorized, "_memory", vectorized._Memory())
+    case = SSDCase(l=70)
+    inputs = inputs_in(case, torch.float32)
+    with torch.inference_mode():
+        y, _ = ssd(**inputs, **case.options, backend="torch")
+    torch.testing.assert_close(run(case, inputs, backend="torch")["y"], y, rtol=0, atol=0)
+
+
+def test_results_are_not_overwritten_by_the_next_call() -> None:
+    case = SSDCase(l=70, b=2)
+    inputs = inputs_in(case, torch.float32)
+    first = run(case, inputs, backend="torch")
+    kept = {k: x.clone() for k, x in first.items()}
+    run(case, {k: 2 * x for k, x in inputs.items()}, backend="torch")
+    torch.testing.assert_close(first, kept, rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", SSD_CASES)
+def test_accuracy_on_a_gpu(name: str, dtype: torch.dtype) -> None:
+    case = SSD_CASES[name]
+    seq_idx = case.options["seq_idx"]
+    options = {"backend": "torch", "seq_idx": None if seq_idx is None else seq_idx.cuda()}
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")  # which must not reach the scan
+    try:
+        actual = run(case, inputs_in(case, dtype, "cuda"), **options)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert_accurate(case, actual, dtype)
+
+
 def test_a_second_derivative_is_refused() -> None:
     inputs = {k: x.requires_grad_() for k, x in inputs_in(SSDCase(l=5), torch.float32).items()}
     y, _ = ssd(**inputs, backend="torch")
