@@ -1,4 +1,7 @@
-"""Benchmark cases of the three kernels: ``scan-BxDxL``, ``ssd-BxHxL`` and ``conv-BxDxL``, with ``cpu-`` for the CPU."""
+"""Benchmark cases of the three kernels: ``scan-BxDxL``, ``ssd-BxHxL`` and ``conv-BxDxL``.
+
+``cpu-`` before the name puts a case on the CPU, ``-nN`` after a scan's sets its state size.
+"""
 
 import functools
 import re
@@ -30,11 +33,12 @@ class KernelCase(Case):
 
     @classmethod
     def parse(cls, name: str) -> Self | None:
-        match = re.fullmatch(rf"(cpu-)?{cls.family}-(\d+)x(\d+)x(\d+)", name)
-        if match is None:
+        match = re.fullmatch(rf"(cpu-)?{cls.family}-(\d+)x(\d+)x(\d+)(-n(\d+))?", name)
+        if match is None or (match[5] and not hasattr(cls, "n")):
             return None
-        b, width, l = (int(size) for size in match.groups()[1:])
-        return cls(name, "cpu" if match[1] else "cuda", l, b, width)
+        b, width, l = (int(size) for size in match.groups()[1:4])
+        n = {"n": int(match[6])} if match[5] else {}
+        return cls(name, "cpu" if match[1] else "cuda", l, b, width, **n)
 
     @property
     def tokens(self) -> int:

@@ -124,6 +124,9 @@ def test_names_and_patterns() -> None:
     (case,) = select(["cpu-scan-3x5x7", "cpu-scan-3x5x7"])
     assert isinstance(case, ScanCase)
     assert (case.b, case.width, case.l, case.tokens) == (3, 5, 7, 21)
+    assert [case.n for case in select(["cpu-scan-1x2x3-n5", "cpu-ssd-1x2x3-n64"])] == [5, 64]
+    with pytest.raises(UserError, match="no benchmark 'cpu-conv-1x2x3-n5'"):
+        select(["cpu-conv-1x2x3-n5"])
     with pytest.raises(UserError, match="no benchmark 'scam-1x2x3'; there are scan-1x256x1048576"):
         select(["scam-1x2x3"])
     if not torch.cuda.is_available():
