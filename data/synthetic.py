@@ -2,9 +2,9 @@
 
 Every genome is a chain of tracts with neutral spacers between them. A tract is rich in one base; all four kinds are
 equally common in every species. The species differ in which kind follows which: one cyclic order each, of the four
-(of six) that equal their own reverse complement, so that either strand tells the same. Spacers are longer than a
-6-mer, so no 6-mer sees two tracts: up to chance, k-mer counts differ between species only through the spacers' GC
-content, which is shifted a little from species to species (`gc_step`).
+(of six) that equal their own reverse complement, so that either strand tells the same. Spacers are longer than a k-mer
+and than the reach of a few convolutions, so neither sees two tracts at once: up to chance, k-mer counts differ between
+species only through the spacers' GC content, which is shifted a little from species to species (`gc_step`).
 """
 
 import json
@@ -38,11 +38,11 @@ class Simulation:
     seed: int = 0
     chromosomes: int = 10
     chromosome_bp: int = 25_000
-    tract_bp: tuple[int, int] = (12, 20)
-    spacer_bp: tuple[int, int] = (8, 14)
-    purity: float = 0.75
-    fidelity: float = 0.9
-    gc_step: float = 0.02
+    tract_bp: tuple[int, int] = (20, 30)
+    spacer_bp: tuple[int, int] = (40, 56)
+    purity: float = 0.9
+    fidelity: float = 0.95
+    gc_step: float = 0.015
 
 
 def simulate_chromosome(simulation: Simulation, species: int, chromosome: int) -> np.ndarray:
@@ -118,11 +118,11 @@ class SimulatedGenomes(DNADataModule):
         simulation_seed: int = 0,
         chromosomes: int = 10,
         chromosome_bp: int = 25_000,
-        tract_bp: tuple[int, int] = (12, 20),
-        spacer_bp: tuple[int, int] = (8, 14),
-        purity: float = 0.75,
-        fidelity: float = 0.9,
-        gc_step: float = 0.02,
+        tract_bp: tuple[int, int] = (20, 30),
+        spacer_bp: tuple[int, int] = (40, 56),
+        purity: float = 0.9,
+        fidelity: float = 0.95,
+        gc_step: float = 0.015,
         **kwargs: Any,
     ) -> None:
         self.simulation = Simulation(

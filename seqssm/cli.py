@@ -145,6 +145,11 @@ def run_trainer(command: str, args: list[str]) -> LightningCLI:
         return TaskCLI(args=[command, *_resolve_configs(args)])
     except ArgumentError as error:
         raise UserError(_one_line(str(error.message))) from error
+    except ValueError as error:
+        # The parser wraps what the data says while its class names are handed to the model.
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
+        raise
 
 
 def _one_line(message: str) -> str:

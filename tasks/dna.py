@@ -108,8 +108,8 @@ class DNAClassification(Task):
                 "auroc": MulticlassAUROC(classes, average="macro"),
             }
         )
-        self.scores = nn.ModuleDict({"val": scores.clone(prefix="val_"), "test": scores.clone(prefix="test_")})
-        self.confusion = nn.ModuleDict({s: MulticlassConfusionMatrix(classes) for s in ("val", "test")})
+        self.val_scores, self.test_scores = scores.clone(prefix="val_"), scores.clone(prefix="test_")
+        self.val_confusion, self.test_confusion = (MulticlassConfusionMatrix(classes) for _ in range(2))
         self.load_initial_weights()
 
     def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
@@ -215,9 +215,15 @@ class DNAClassification(Task):
         loss = F.nll_loss(probabilities.clamp_min(1e-12).log(), batch.labels)
         size = len(batch.labels)
         self.log(f"{split}_loss", loss, prog_bar=True, sync_dist=True, batch_size=size, on_step=False, on_epoch=True)
-        self.scores[split].update(probabilities, batch.labels)
-        self.confusion[split].update(probabilities, batch.labels)
-        self.log_dict(self.scores[split], prog_bar=True, batch_size=size, on_step=False, on_epoch=True)
+        scores, confusion = self._metrics(split)
+        scores.update(probabilities, batch.labels)
+        confusion.update(probabilities, batch.labels)
+        self.log_dict(scores, prog_bar=True, batch_size=size, on_step=False, on_epoch=True)
+
+    def _metrics(self, split: str) -> tuple[MetricCollection, MulticlassConfusionMatrix]:
+        if split == "val":
+            return self.val_scores, self.val_confusion
+        return self.test_scores, self.test_confusion
 
     def on_validation_epoch_end(self) -> None:
         self._draw_confusion("val")
@@ -228,8 +234,9 @@ class DNAClassification(Task):
     def _draw_confusion(self, split: str) -> None:
         from seqssm.tasks.plots import confusion_matrix_png
 
-        counts = self.confusion[split].compute()
-        self.confusion[split].reset()
+        confusion = self._metrics(split)[1]
+        counts = confusion.compute()
+        confusion.reset()
         folder = self.trainer.log_dir if self.trainer.loggers else None
         if folder and self.trainer.is_global_zero and not self.trainer.sanity_checking:
             confusion_matrix_png(counts.cpu().numpy(), self.labels, Path(folder) / f"confusion_{split}.png")

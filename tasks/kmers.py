@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 N_BASES = 4  # tokens 0..3 are A, C, G, T; what lies above is no base, and no k-mer holds it
 
 
-def canonical_kmers(sequences: Sequence[NDArray[np.uint8]], k: int) -> NDArray[np.float32]:
+def canonical_kmers(sequences: Sequence[NDArray[np.uint8]] | NDArray[np.uint8], k: int) -> NDArray[np.float32]:
     """Share of every k-mer in each sequence, a k-mer and its reverse complement counted as one.
 
     Args:

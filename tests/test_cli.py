@@ -114,6 +114,7 @@ BAD = {
     "unknown key": (["fit", "--config", "dna/quickstart", "--model.backbone.d_modell", "3"], "d_modell"),
     "wrong value": (["fit", "--config", "dna/quickstart", "--trainer.max_epochs", "many"], "max_epochs"),
     "unknown option": (["classify", "x.fa", "--checkpoint", "{ckpt}", "--windows", "3"], "arguments: --windows"),
+    "no data": (["fit", "--config", "{config}", "--data.labels_table", "missing.tsv"], "missing.tsv"),
     "no fasta": (["classify", "missing.fa", "--checkpoint", "{ckpt}"], "missing.fa does not exist"),
     "no checkpoint": (["classify", "missing.fa", "--checkpoint", "nowhere"], "nowhere: no such checkpoint"),
     "not a checkpoint": (["evaluate", "--checkpoint", "{config}"], "not a readable checkpoint"),

@@ -106,9 +106,12 @@ class DNADataModule(LightningDataModule):
         seed: int = 0,
         index_dir: str | None = None,
     ) -> None:
+        # What this class was given. `hparams` are those of a subclass, which may work some of these out by itself.
+        settings = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
         super().__init__()
         self.save_hyperparameters(logger=False)
-        _check_arguments(self.hparams)
+        self.settings: dict[str, Any] = settings
+        _check_arguments(settings)
         self.layout = Layout(
             path=Path(path),
             fasta=Path(fasta) if fasta else None,
@@ -156,8 +159,8 @@ class DNADataModule(LightningDataModule):
     def labels(self) -> list[str]:
         """Class names in the order of their ids: sorted, as numbers when all are. Reads tables, no sequences."""
         if self._labels is None:
-            if self.hparams["classes"]:
-                values = set(map(str, self.hparams["classes"]))
+            if self.settings["classes"]:
+                values = set(map(str, self.settings["classes"]))
             else:
                 values = self._list().label_values() or self._labels_of_records()
             if len(values) < 2:
@@ -182,7 +185,7 @@ class DNADataModule(LightningDataModule):
 
     def _load(self) -> tuple[Library, Regions]:
         if self._loaded is None:
-            index_dir = self.hparams["index_dir"]
+            index_dir = self.settings["index_dir"]
             self._loaded = self._list().load(Path(index_dir) if index_dir else None)
         return self._loaded
 
@@ -200,7 +203,7 @@ class DNADataModule(LightningDataModule):
         if stage == "fit" and not self._reported:
             self._reported = True
             assert self.report is not None
-            if self.hparams["leakage_report"] and self._division is not None:
+            if self.settings["leakage_report"] and self._division is not None:
                 self._division.add_leakage(self.report)
             rank_zero_only(self.report.print)()
 
@@ -209,9 +212,9 @@ class DNADataModule(LightningDataModule):
         if self.layout.label_column not in regions.columns:
             self._labels_of_records()
         by_file = self._list().samples_are_files
-        default = self.hparams["split_group"] or ("file" if by_file else "record")
+        default = self.settings["split_group"] or ("file" if by_file else "record")
         division = Division(library, self.layout, self.labels, self.window_plan)
-        division.divide(regions, self.split_plan, self.hparams["group_column"] or default)
+        division.divide(regions, self.split_plan, self.settings["group_column"] or default)
         self._grids = {split: WindowDataset(library, grid) for split, grid in division.grids.items()}
         self.train = self._training(division) if "train" in division.grids else None
         self.val = self._grids.get("val")
@@ -220,18 +223,18 @@ class DNADataModule(LightningDataModule):
         self._division = division
 
     def _training(self, division: Division) -> TrainingDataset:
-        window_bp, grid = self.hparams["window_bp"], division.grids["train"]
-        random_start = self.hparams["sampling"] == "random" and window_bp is not None
+        window_bp, grid = self.settings["window_bp"], division.grids["train"]
+        random_start = self.settings["sampling"] == "random" and window_bp is not None
         return TrainingDataset(
             division.library,
             division.candidates() if random_start else grid,
-            windows_per_epoch=self.hparams["windows_per_epoch"] or len(grid),
-            seed=self.hparams["seed"],
+            windows_per_epoch=self.settings["windows_per_epoch"] or len(grid),
+            seed=self.settings["seed"],
             window_bp=window_bp,
             random_start=random_start,
-            balance=self.hparams["balance"],
-            rc_probability=self.hparams["rc_probability"],
-            max_n_fraction=self.hparams["max_n_fraction"],
+            balance=self.settings["balance"],
+            rc_probability=self.settings["rc_probability"],
+            max_n_fraction=self.settings["max_n_fraction"],
         )
 
     def grid(self, split: str) -> WindowDataset:
@@ -246,11 +249,11 @@ class DNADataModule(LightningDataModule):
         self.setup("fit")
         assert self.train is not None
         rank, ranks = self._rank()
-        sampler = EpochSampler(self.train, self.hparams["batch_size"], ranks, rank)
+        sampler = EpochSampler(self.train, self.settings["batch_size"], ranks, rank)
         if self.trainer is not None:
             sampler.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
         return ResumableLoader(
-            self.train, batch_size=self.hparams["batch_size"], sampler=sampler, **self._loader_arguments()
+            self.train, batch_size=self.settings["batch_size"], sampler=sampler, **self._loader_arguments()
         )
 
     def val_dataloader(self) -> DataLoader | list:
@@ -269,7 +272,7 @@ class DNADataModule(LightningDataModule):
     def _evaluation_loader(self, split: str) -> DataLoader:
         dataset = self.grid(split)
         rank, ranks = self._rank()
-        batch_size = self.hparams["eval_batch_size"] or self.hparams["batch_size"]
+        batch_size = self.settings["eval_batch_size"] or self.settings["batch_size"]
         sampler = ShardSampler(dataset, ranks, rank)
         return DataLoader(dataset, batch_size=batch_size, sampler=sampler, **self._loader_arguments())
 
@@ -277,7 +280,7 @@ class DNADataModule(LightningDataModule):
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
     def _loader_arguments(self) -> dict[str, Any]:
-        workers = self.hparams["num_workers"]
+        workers = self.settings["num_workers"]
         return {
             "collate_fn": collate,
             "num_workers": workers,
@@ -302,10 +305,10 @@ def _natural(label: str) -> tuple[int, int, str]:
     return (0, int(label), label) if label.isdecimal() else (1, 0, label)
 
 
-def _check_arguments(hparams: Any) -> None:
+def _check_arguments(settings: dict[str, Any]) -> None:
     for name in ("window_bp", "stride_bp", "min_window_bp", "windows_per_epoch", "eval_windows", "batch_size"):
-        if hparams[name] is not None and hparams[name] < 1:
-            raise UserError(f"{name} is {hparams[name]}: it must be at least 1")
+        if settings[name] is not None and settings[name] < 1:
+            raise UserError(f"{name} is {settings[name]}: it must be at least 1")
     for name in ("max_n_fraction", "rc_probability", "val_fraction"):
-        if not 0 <= hparams[name] <= 1:
-            raise UserError(f"{name} is {hparams[name]}: it must lie between 0 and 1")
+        if not 0 <= settings[name] <= 1:
+            raise UserError(f"{name} is {settings[name]}: it must lie between 0 and 1")

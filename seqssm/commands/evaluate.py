@@ -110,7 +110,7 @@ def evaluate(
 
     fitted = {}
     if baselines:
-        settings = datamodule.hparams
+        settings = datamodule.settings
         chosen = default_baselines(
             len(task.labels),
             balance=bool(settings["balance"] or task.class_weights == "balanced"),
@@ -128,9 +128,9 @@ def evaluate(
         baselines={name: one.probabilities for name, one in fitted.items()},
         baseline_settings={name: one.settings for name, one in fitted.items()},
         data={
-            "path": str(datamodule.hparams["path"]),
+            "path": str(datamodule.settings["path"]),
             "split": split,
-            "window_bp": datamodule.hparams["window_bp"] or "whole sequences",
+            "window_bp": datamodule.settings["window_bp"] or "whole sequences",
             "train windows": sum(datamodule.report.counts["train"].values()),
         },
         checkpoint=checkpoint,

@@ -73,7 +73,7 @@ def test_module_makes_its_genomes_and_splits_by_chromosome(tmp_path: Path, monke
     monkeypatch.setattr("seqssm.data.synthetic.write_genomes", lambda *_: pytest.fail("simulated again"))
     again = SimulatedGenomes(str(tmp_path / "genomes"), **arguments)
     again.prepare_data()
-    other = SimulatedGenomes(str(tmp_path / "genomes"), **{**arguments, "purity": 0.9})
+    other = SimulatedGenomes(str(tmp_path / "genomes"), **{**arguments, "purity": 0.8})
     assert other.folder != data.folder
     rebuilt = SimulatedGenomes(**{k: v for k, v in data.hparams.items() if k not in ("path", "label_column")
                                   and k not in ("classes", "split_rules", "group_column")})  # fmt: skip

@@ -1,0 +1,20 @@
+"""Time the kernels and models on this machine, beside their peers and the hardware's limit."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("cases", nargs="*", help="case names or patterns, such as 'cpu-*'; default: all of this device")
+    parser.add_argument("--json", type=Path, help="file for the figures; cases in it that are not run again stay")
+    parser.add_argument("--seconds", type=float, help="time to spend on each implementation and pass")
+    parser.add_argument("--no-peers", action="store_true", help="leave other libraries out")
+    parser.add_argument("--no-memory", action="store_true", help="leave the peak memory out")
+
+
+def run(args: argparse.Namespace) -> None:
+    from seqssm.benchmarks import main
+
+    main(args.cases or None, args.json, seconds=args.seconds, peers=not args.no_peers, memory=not args.no_memory)
