@@ -54,8 +54,9 @@ class Task(pl.LightningModule):
 
     def __init__(self, backbone: BackboneConfig, optimizer: OptimizerConfig, init_from: str | None, **head: Any):
         super().__init__()
-        self.backbone_config = backbone
-        self.optimizer_config = optimizer
+        # Lightning's load_from_checkpoint hands the stored plain data over as it is.
+        self.backbone_config = BackboneConfig.from_dict(backbone) if isinstance(backbone, dict) else backbone
+        self.optimizer_config = OptimizerConfig(**optimizer) if isinstance(optimizer, dict) else optimizer
         self.init_from = init_from
         self._head_args = head
         self.save_hyperparameters({**self.init_args(), "_class_path": class_path(type(self))})
