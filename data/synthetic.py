@@ -1,9 +1,9 @@
 """Simulated genomes, written as real files: what tells the species apart is order, which counting cannot see.
 
 Every genome is a chain of tracts with neutral spacers between them. A tract is rich in one base; all four kinds are
-equally common in every species. The species differ in which kind follows which: one cyclic order each, of the four
-(of six) that equal their own reverse complement, so that either strand tells the same. Spacers are longer than a k-mer
-and than the reach of a few convolutions, so neither sees two tracts at once: up to chance, k-mer counts differ between
+equally common in every species. The species differ in which kind follows which: one cyclic order each, of the four (of
+six) that equal their own reverse complement, so that either strand tells the same. Spacers are longer than a k-mer and
+than the reach of a few convolutions, so neither sees two tracts at once: up to chance, k-mer counts differ between
 species only through the spacers' GC content, which is shifted a little from species to species (`gc_step`).
 """
 

@@ -162,6 +162,8 @@ def open_sequences(path: Path, index_dir: Path | None = None) -> Sequences:
     except (FileNotFoundError, NotADirectoryError, ValueError):  # the last after a power cut
         _build(path, index)
         return Sequences.from_index(index)
+    except PermissionError as error:
+        raise UserError(f"cannot read the sequence index {index}: no permission; set index_dir") from error
 
 
 def checksum(path: Path) -> str:

@@ -136,6 +136,9 @@ def test_training_batches_are_padded_turned_and_labelled(tmp_path: Path, random_
     data.setup()
     assert data.val is None
     assert data.val_dataloader() == []
+    recorder = Recorder()
+    trainer(tmp_path).fit(recorder, datamodule=data)
+    assert len(recorder.seen) == 3
     (batch,) = data.train_dataloader()
     known = {tuple(encode(letters).tolist()): i for i, letters in enumerate(made[:30])}
     turned = reverse_complement(batch.tokens, batch.lengths)

@@ -116,6 +116,22 @@ def _build_at_once(path: Path, folder: Path, barrier, results) -> None:  # type:
     results.put(sequences.tokens(0, 0, 5000).tobytes())
 
 
+def test_building_holds_a_block_not_a_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import tracemalloc
+
+    monkeypatch.setattr(reading, "BLOCK_BYTES", 1 << 16)
+    path = tmp_path / "one_line.fa"
+    with open(path, "wb") as file:
+        file.write(b">chr\n")
+        for _ in range(200):
+            file.write(b"ACGTTGCAAC" * 10_000)
+    tracemalloc.start()
+    open_sequences(path, tmp_path / "index")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 12_000_000  # of a record of 20 MB; the checksum takes 4 MB blocks, two at a time
+
+
 def test_two_processes_building_one_index_both_get_it_whole(
     genome: tuple[Path, dict[str, str]], tmp_path: Path
 ) -> None:
