@@ -164,10 +164,12 @@ def main(
         One dict for each case and pass, as in the JSON file's ``cases``.
 
     Raises:
-        UserError: an unknown case, or a GPU case without a GPU.
+        UserError: an unknown case, a GPU case without a GPU, or a file that cannot be written.
     """
     cases = select(names, families)
     machine = describe_machine()
+    if json_path is not None:
+        write_json(json_path, machine, [])  # it fails now, not after an hour
     report("  ".join(f"{key}: {value}" for key, value in machine.items() if key != "rates"))
     rates: dict[str, Rates] = {}
     rows: list[dict[str, Any]] = []
@@ -434,7 +436,10 @@ def format_row(row: Mapping[str, Any]) -> str:
 def write_json(path: Path, machine: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
     """Write results, keeping those of other cases that the file already has; a reader never sees half a file."""
     key = ("case", "pass", "dtype")
-    kept = json.loads(path.read_text())["cases"] if path.exists() else []
+    try:
+        kept = json.loads(path.read_text())["cases"] if path.exists() else []
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is no file of benchmark results; choose another name") from error
     merged = {tuple(row[k] for k in key): dict(row) for row in [*kept, *rows]}
     temporary = None
     try:

@@ -137,5 +137,9 @@ def test_names_and_patterns() -> None:
 
 def test_results_that_cannot_be_written_are_one_clear_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot write"):
-        bench.write_json(tmp_path / "no folder" / "results.json", {}, [])
+        bench.main(["cpu-conv-1x4x16"], tmp_path / "no folder" / "results.json", families=KERNEL_CASES)
     assert list(tmp_path.iterdir()) == []
+    (tmp_path / "notes.json").write_text("[1, 2]")
+    with pytest.raises(UserError, match="is no file of benchmark results"):
+        bench.main(["cpu-conv-1x4x16"], tmp_path / "notes.json", families=KERNEL_CASES)
+    assert (tmp_path / "notes.json").read_text() == "[1, 2]"
