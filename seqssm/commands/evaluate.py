@@ -45,7 +45,7 @@ def build_datamodule(loaded: Loaded, config: str | None, batch_size: int | None)
     """The DataModule a checkpoint names, or the one of a config's ``data`` section."""
     from jsonargparse import ArgumentError, ArgumentParser
 
-    import seqssm.data  # noqa: F401 - makes the short class names known to the parser
+    import seqssm.data.synthetic  # noqa: F401 - makes the short class names known to the parser
     from seqssm.cli import find_config
 
     if config is not None:
