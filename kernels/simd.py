@@ -12,7 +12,6 @@ checked, and nothing is counted, which for Numba's arrays would cost more than t
 # mypy: allow-untyped-defs
 
 import collections
-import contextlib
 import functools
 import operator
 import os
@@ -68,23 +67,25 @@ def intrinsic(function: Callable) -> Any:
     return extending.intrinsic(function)
 
 
-def jit(signature_: str | None = None) -> Callable[[Callable], Any]:
-    """``numba.njit`` for kernels (with a signature: compiled at once, kept on disk) and for what they are made of.
+# Multiply-adds may fuse; nothing else is relaxed: NaN and infinity keep their meaning, and results their bits.
+_OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
 
-    Multiply-adds may fuse; nothing else is relaxed, so that NaN and infinity keep their meaning and results their bits.
+
+def inlined(function: Callable) -> Any:
+    """``numba.njit`` for what kernels are made of: inlined, since a call would spill every vector."""
+    return numba.njit(forceinline=True, **_OPTIONS)(function)
+
+
+def kernel(function: Callable) -> Any:
+    """``numba.njit`` for a kernel: compiled at its first call and kept on disk, without the GIL.
+
+    Pass it integers and tuples of integers only, so that there is one version of it. Numba looks for a newer version in
+    the kernel's own file alone: after a change to this one, remove ``__pycache__``.
     """
-    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
-    if signature_ is None:
-        # A call would spill every vector. A helper comes with its kernel: it needs no place on disk.
-        return numba.njit(forceinline=True, **options)
-
-    def decorate(function: Callable) -> Any:
-        try:
-            return numba.njit(signature_, cache=True, **options)(function)
-        except RuntimeError:  # no folder can be written to: compile in every process
-            return numba.njit(signature_, **options)(function)
-
-    return decorate
+    try:
+        return numba.njit(cache=True, **_OPTIONS)(function)
+    except RuntimeError:  # no folder can be written to: compile in every process
+        return numba.njit(**_OPTIONS)(function)
 
 
 def addressable(x: Tensor) -> Tensor:
@@ -112,9 +113,12 @@ def parallel(function: Callable, tasks: int, work: int, scratch: int, *arguments
 
     def run() -> None:
         own = torch.empty(scratch)
-        with contextlib.suppress(IndexError):
-            while True:
-                function(*waiting.popleft(), own.data_ptr(), *arguments)
+        while True:
+            try:
+                first, last = waiting.popleft()
+            except IndexError:
+                return
+            function(first, last, own.data_ptr(), *arguments)
 
     helpers = [_pool(os.getpid()).submit(run) for _ in range(threads - 1)]
     run()
@@ -217,7 +221,7 @@ def store(typingctx, pointer, index, value):
     return types.void(types.int64, types.int64, vector), codegen
 
 
-@jit()
+@inlined
 def load_some(pointer, index, stride, count, spare):
     """``count`` lanes from every ``stride``-th float, zeros in the others; ``spare`` points to eight floats to use."""
     if count == LANES and stride == 1:
@@ -228,7 +232,7 @@ def load_some(pointer, index, stride, count, spare):
     return load(spare, 0)
 
 
-@jit()
+@inlined
 def store_some(pointer, index, stride, value, count, spare):
     """Write the first ``count`` lanes to every ``stride``-th float."""
     if count == LANES and stride == 1:
@@ -239,7 +243,7 @@ def store_some(pointer, index, stride, value, count, spare):
             put(pointer, index + lane * stride, get(spare, lane))
 
 
-@jit()
+@inlined
 def add_doubles(pointer, index, stride, value, count, spare):
     """Add the first ``count`` lanes to every ``stride``-th float64."""
     store(spare, 0, value)
@@ -318,7 +322,7 @@ def _power_of_two(typingctx, shifted):
     return vector(vector), codegen
 
 
-@jit()
+@inlined
 def _exp2_reduced(f, shifted):
     # 2^f on [-1/2, 1/2], minimax in relative error (9.1e-8) with the constant term held at 1: a decay near 1, the one
     # that counts over a long sequence, has no bias.
@@ -331,7 +335,7 @@ def _exp2_reduced(f, shifted):
     return p * _power_of_two(shifted)
 
 
-@jit()
+@inlined
 def exp2(x):
     """2^x to 2e-7 of its value; zero below 2^-126.5, infinity from 2^127.5 on, NaN for NaN."""
     x = at_most(at_least(x, splat(_LOWEST)), splat(_HIGHEST))
@@ -339,7 +343,7 @@ def exp2(x):
     return _exp2_reduced(x - (shifted - splat(_SHIFT)), shifted)
 
 
-@jit()
+@inlined
 def exp(x):
     """e^x to 2e-7 of its value; limits as in ``exp2``."""
     x = at_most(at_least(x, splat(_LOWEST_E)), splat(_HIGHEST_E))
@@ -350,14 +354,14 @@ def exp(x):
     return _exp2_reduced(f, shifted)
 
 
-@jit()
+@inlined
 def sigmoid(x):
     """1 / (1 + e^-x), to 3e-7 of its value."""
     one = splat(ONE)
     return one / (one + exp(splat(ZERO) - x))
 
 
-@jit()
+@inlined
 def softplus(x):
     """log(1 + e^x), to 4e-7 of its value also where e^x is tiny."""
     zero, two = splat(ZERO), splat(_TWO)

@@ -22,7 +22,8 @@ from seqssm.kernels.simd import (
     addressable,
     fmadd,
     get_byte,
-    jit,
+    inlined,
+    kernel,
     load,
     load_some,
     parallel,
@@ -89,7 +90,7 @@ def step(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, activati
     window, x32, weight = addressable(state), addressable(x), addressable(weight)
     bias = None if bias is None else addressable(bias)
     y = torch.empty(b, d)
-    sizes = (b, d, weight.shape[1], activation)
+    sizes = (b, d, weight.shape[1], int(activation))
     strides = (*window.stride()[:2], x32.stride(0), weight.stride(0))
     pointers = (window.data_ptr(), x32.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr())
     parallel(_step_tasks, b, y.numel(), LANES, sizes, strides, (*pointers, y.data_ptr()))
@@ -118,7 +119,8 @@ class _Conv:
         shares = min(-(-l // _RUN), max(1, _TASKS // b))  # of a row
         self.tasks = b * shares
         x = addressable(x)
-        self.sizes = (b, l, d, g, k, vectors, shares, activation, seq_idx is not None, *x.stride()[:2])
+        flags = (int(activation), int(seq_idx is not None))
+        self.sizes = (b, l, d, g, k, vectors, shares, *flags, *x.stride()[:2])
         columns = torch.cat([weight.detach(), (weight.new_zeros(d) if bias is None else bias.detach()).view(d, 1)], 1)
         parameters = F.pad(columns.float().view(g, c, k + 1), (0, 0, 0, vectors * LANES - c))
         self.parameters = parameters.view(g, vectors, LANES, k + 1).mT.contiguous()  # (g, vectors, k+1, LANES)
@@ -134,13 +136,13 @@ class _Conv:
 # Tokens are counted in scan order; those of the state have the numbers -(k-1) to -1.
 
 
-@jit()
+@inlined
 def _hidden(changes, row, l, backwards, t):
     """Whether tokens before t are hidden from t on."""
     return t > 0 and t < l and get_byte(changes, row * (l + 1) + (l - t if backwards else t)) != 0
 
 
-@jit()
+@inlined
 def _seen_before(packed, changes, row, l, backwards, t, most):
     """How many tokens before t, up to ``most``, t sees."""
     if packed == 0:
@@ -151,7 +153,7 @@ def _seen_before(packed, changes, row, l, backwards, t, most):
     return most
 
 
-@jit()
+@inlined
 def _seen_after(packed, changes, row, l, backwards, t, most):
     """How many tokens after t, up to ``most`` and the end, see t."""
     most = min(most, l - 1 - t)
@@ -163,7 +165,7 @@ def _seen_after(packed, changes, row, l, backwards, t, most):
     return most
 
 
-@jit()
+@inlined
 def _token(x, at, by, state, state_at, k, t, width, spare):
     """Channels of token t, from the input or from the state."""
     if t >= 0:
@@ -171,7 +173,7 @@ def _token(x, at, by, state, state_at, k, t, width, spare):
     return load_some(state, state_at + t, k - 1, width, spare)
 
 
-@jit()
+@inlined
 def _taps(x, at, by, state, state_at, weights, k, t, seen, width, spare):
     """bias + sum over taps."""
     out = load(weights, k * LANES)
@@ -185,7 +187,7 @@ def _taps(x, at, by, state, state_at, weights, k, t, seen, width, spare):
     return out
 
 
-@jit("void(int64, int64, int64, UniTuple(int64, 11), UniTuple(int64, 5), UniTuple(int64, 2))")
+@kernel
 def _forward_tasks(first, last, spare, sizes, operands, results):
     _, l, d, g, k, vectors, shares, silu, packed, x_row, x_token = sizes
     x, parameters, state, changes, directions = operands
@@ -220,7 +222,7 @@ def _forward_tasks(first, last, spare, sizes, operands, results):
                     store_some(final_state, state_at + t - l, k - 1, value, width, spare)
 
 
-@jit("void(int64, int64, int64, UniTuple(int64, 11), UniTuple(int64, 5), UniTuple(int64, 7))")
+@kernel
 def _backward_tasks(first, last, douts, sizes, operands, results):
     _, l, d, g, k, vectors, shares, silu, packed, x_row, x_token = sizes
     x, parameters, state, changes, directions = operands
@@ -280,7 +282,7 @@ def _backward_tasks(first, last, douts, sizes, operands, results):
                         store_some(dinitial_state, state_at + t, k - 1, gradient, width, spare)
 
 
-@jit("void(int64, int64, int64, UniTuple(int64, 4), UniTuple(int64, 4), UniTuple(int64, 5))")
+@kernel
 def _step_tasks(first, last, spare, sizes, strides, pointers):
     _, d, k, silu = sizes
     state_row, state_channel, x_row, weight_channel = strides

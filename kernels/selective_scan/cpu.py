@@ -29,7 +29,8 @@ from seqssm.kernels.simd import (
     fmadd,
     get,
     get_byte,
-    jit,
+    inlined,
+    kernel,
     load,
     load_some,
     parallel,
@@ -160,7 +161,7 @@ def step(
     inputs = [addressable(x) for x in (h, u, delta, u if z is None else z, B, C, A)]
     parameters = [None if x is None else addressable(x) for x in (D, delta_bias)]
     y = torch.empty(b, d)
-    sizes = (b, d, B.shape[1], n, delta_softplus, z is not None)
+    sizes = (b, d, B.shape[1], n, int(delta_softplus), int(z is not None))
     strides = tuple(stride for x in inputs for stride in x.stride()[:-1])
     pointers = (*(x.data_ptr() for x in inputs), *(0 if x is None else x.data_ptr() for x in parameters), y.data_ptr())
     parallel(_step_tasks, b, state.numel(), 3 * LANES, sizes, strides, pointers)
@@ -191,8 +192,8 @@ class _Scan:
         vectors = -(-(d // g) // LANES)  # of a group
         self.shares = min(vectors, _SHARES)
         self.tasks = b * g * self.shares
-        gated, packed = z is not None, seq_idx is not None
-        self.sizes = (b, l, d, g, n, vectors, self.shares, delta_softplus, gated, packed)
+        flags = (int(delta_softplus), int(z is not None), int(seq_idx is not None))
+        self.sizes = (b, l, d, g, n, vectors, self.shares, *flags)
         inputs = [addressable(x) for x in (u, delta, u if z is None else z, B, C)]
         self.strides = tuple(stride for x in inputs for stride in x.stride()[:-1])
         columns = [A.detach() * float(LOG2_E), *(A.new_zeros(d) if x is None else x.detach() for x in (D, delta_bias))]
@@ -207,7 +208,7 @@ class _Scan:
         self.pointers = tuple(x.data_ptr() for x in self._tensors)
 
 
-@jit()
+@inlined
 def _spans(packed, changes, row, l, start, length, backwards, bounds):
     """Bounds of the runs of tokens without a reset in a chunk; returns their number and whether the first is fresh."""
     count, fresh = 1, False
@@ -224,7 +225,7 @@ def _spans(packed, changes, row, l, start, length, backwards, bounds):
     return count, fresh
 
 
-@jit()
+@inlined
 def _inputs(work, length, width, u, u_at, u_by, delta, delta_at, delta_by, bias, use_softplus, D):
     """Fill in, for each token, the input, the step, their product, and D times the input."""
     for t in range(length):
@@ -239,7 +240,7 @@ def _inputs(work, length, width, u, u_at, u_by, delta, delta_at, delta_by, bias,
         store(work, o + _OUT, x * D)
 
 
-@jit("void(int64, int64, int64, UniTuple(int64, 10), UniTuple(int64, 12), UniTuple(int64, 8), UniTuple(int64, 4))")
+@kernel
 def _forward_tasks(first, last, work, sizes, strides, operands, results):
     _, l, d, g, n, vectors, shares, use_softplus, gated, packed = sizes
     u_row, u_token, delta_row, delta_token, z_row, z_token, B_row, B_token, B_group, C_row, C_token, C_group = strides
@@ -292,7 +293,7 @@ def _forward_tasks(first, last, work, sizes, strides, operands, results):
                     store_some(y, (row * l + token + sign * t) * d + channel, 1, out, width, spare)
 
 
-@jit("void(int64, int64, int64, UniTuple(int64, 10), UniTuple(int64, 16), UniTuple(int64, 8), UniTuple(int64, 10))")
+@kernel
 def _backward_tasks(first, last, work, sizes, strides, operands, results):
     b, l, d, g, n, vectors, shares, use_softplus, gated, packed = sizes
     u_row, u_token, delta_row, delta_token, z_row, z_token, B_row, B_token, B_group, C_row, C_token, C_group = strides[
@@ -395,7 +396,7 @@ def _backward_tasks(first, last, work, sizes, strides, operands, results):
                 add_doubles(dbias, row * d + channel, 1, sum_bias, width, spare)
 
 
-@jit("void(int64, int64, int64, UniTuple(int64, 6), UniTuple(int64, 10), UniTuple(int64, 10))")
+@kernel
 def _step_tasks(first, last, scratch, sizes, strides, pointers):
     _, d, g, n, use_softplus, gated = sizes
     h_row, h_channel, u_row, delta_row, z_row, B_row, B_group, C_row, C_group, A_channel = strides
