@@ -3,8 +3,11 @@
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -134,3 +137,36 @@ def load_backend(op: str, backend: str) -> ModuleType:
 def has_backend(op: str, backend: str) -> bool:
     """Whether the kernel ``op`` has a module for ``backend``."""
     return backend == "reference" or importlib.util.find_spec(f"seqssm.kernels.{op}.{_MODULES[backend]}") is not None
+
+
+_precision_lock = threading.Lock()
+_precision_users = 0
+_precision_saved: dict[Any, str] = {}
+
+
+@contextmanager
+def exact_matmul(device: torch.device) -> Iterator[None]:
+    """Matrix products in the dtype of their operands, whatever the caller allows elsewhere.
+
+    Autocast would take them to 16 bits, and ``torch.set_float32_matmul_precision`` to TF32 on a GPU or to bfloat16 on
+    some CPUs. That setting belongs to the process, and backward runs in another thread than forward: the first one in
+    sets it, the last one out puts it back.
+    """
+    global _precision_users
+    with _precision_lock:
+        if _precision_users == 0:
+            for backend in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):  # type: ignore[attr-defined]
+                if backend.fp32_precision not in ("none", "ieee"):
+                    _precision_saved[backend] = backend.fp32_precision
+                    backend.fp32_precision = "ieee"
+        _precision_users += 1
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        with _precision_lock:
+            _precision_users -= 1
+            if _precision_users == 0:
+                while _precision_saved:
+                    backend, precision = _precision_saved.popitem()
+                    backend.fp32_precision = precision

@@ -320,7 +320,8 @@ def _torch_step(
     decay = torch.exp(step.unsqueeze(-1) * A.to(dtype))  # (b, d, n)
     drive = (step * us).unflatten(1, (g, -1)).unsqueeze(-1) * B.to(dtype).unsqueeze(2)  # (b, g, d/g, n)
     state.mul_(decay).add_(drive.flatten(1, 2))
-    y = (state.to(dtype).unflatten(1, (g, -1)) @ C.to(dtype).unsqueeze(-1)).flatten(1)  # (b, d)
+    # Product and sum rather than matmul: autocast and TF32 leave them alone.
+    y = (state.to(dtype).unflatten(1, (g, -1)) * C.to(dtype).unsqueeze(2)).sum(-1).flatten(1)  # (b, d)
     if D is not None:
         y = torch.addcmul(y, us, D.to(dtype))
     if z is not None:

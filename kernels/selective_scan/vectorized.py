@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seqssm.kernels.dispatch import state_dtype
+from seqssm.kernels.dispatch import exact_matmul, state_dtype
 from seqssm.kernels.selective_scan.op import CHUNK
 
 # Elements of one working tensor; the batch is taken in slices that stay under it.
@@ -42,17 +42,18 @@ def forward(
     y = torch.empty_like(u, memory_format=torch.contiguous_format)
     final_state = u.new_empty(b, d, n, dtype=scan.dtype)
     states = u.new_empty((b, -(-l // CHUNK), d, n) if save_states else 0, dtype=scan.dtype)
-    for rows in scan.batch_slices():
-        h = scan.enter(initial_state, rows)
-        work = scan.workspace(rows, 2)
-        for start in range(0, l, CHUNK):
-            if save_states:
-                states[rows, start // CHUNK] = scan.leave(h)
-            block = _Block(scan, rows, start, min(start + CHUNK, l), work[0])
-            history = block.run(h, work[1])
-            scan.write(y, rows, start, block.gate(block.read_out(history)))
-            h = history[-1].clone()
-        final_state[rows] = scan.leave(h)
+    with exact_matmul(u.device):
+        for rows in scan.batch_slices():
+            h = scan.enter(initial_state, rows)
+            work = scan.workspace(rows, 2)
+            for start in range(0, l, CHUNK):
+                if save_states:
+                    states[rows, start // CHUNK] = scan.leave(h)
+                block = _Block(scan, rows, start, min(start + CHUNK, l), work[0])
+                history = block.run(h, work[1])
+                scan.write(y, rows, start, block.gate(block.read_out(history)))
+                h = history[-1].clone()
+            final_state[rows] = scan.leave(h)
     return y, final_state, states
 
 
@@ -82,41 +83,42 @@ def backward(
     dA = torch.zeros_like(scan.A)  # (g, n, c)
     dD, ddelta_bias = (u.new_zeros(d, dtype=scan.dtype).view(scan.g, 1, -1) for _ in range(2))
     dinitial_state = u.new_empty(b, d, n, dtype=scan.dtype)
-    for rows in scan.batch_slices():
-        carry = scan.enter(dfinal_state, rows)  # gradient of the state that leaves the block
-        work = scan.workspace(rows, 3)
-        for start in reversed(range(0, l, CHUNK)):
-            block = _Block(scan, rows, start, min(start + CHUNK, l), work[0])
-            entry = scan.enter(states[:, start // CHUNK], rows)
-            history = block.run(entry, work[1])
-            dout = scan.read(dy, rows, start, block.stop)  # (K, b, g, 1, c)
-            if dz is not None and block.z is not None:
-                sigmoid = torch.sigmoid(block.z)
-                silu_slope = sigmoid * (1 + block.z * (1 - sigmoid))
-                scan.write(dz, rows, start, dout * block.read_out(history) * silu_slope)
-                dout = dout * block.z * sigmoid
-            scan.write_shared(dC, rows, start, history @ dout.mT)
-            adjoint = block.run_back(dout, carry, work[2])
-            scan.write_shared(dB, rows, start, adjoint @ block.drive.mT)
-            ddrive = block.B.mT @ adjoint
-            carry = block.decay[0] * adjoint[0]
-            # Gradient of the logarithm of the decay, delta A, in place of the adjoint.
-            dlog = adjoint.mul_(block.decay)
-            dlog[0].mul_(entry)
-            dlog[1:].mul_(history[:-1])
-            dstep = torch.mul(dlog, scan.A, out=history).sum(-2, keepdim=True)
-            dstep.addcmul_(ddrive, block.u)
-            dA += dlog.mul_(block.step).sum((0, 1))
-            if delta_softplus:
-                dstep *= torch.sigmoid(block.delta)
-            ddelta_bias += dstep.sum((0, 1))
-            scan.write(ddelta, rows, start, dstep)
-            dinput = ddrive * block.step
-            if scan.D is not None:
-                dD += (dout * block.u).sum((0, 1))
-                dinput.addcmul_(dout, scan.D)
-            scan.write(du, rows, start, dinput)
-        dinitial_state[rows] = scan.leave(carry)
+    with exact_matmul(u.device):
+        for rows in scan.batch_slices():
+            carry = scan.enter(dfinal_state, rows)  # gradient of the state that leaves the block
+            work = scan.workspace(rows, 3)
+            for start in reversed(range(0, l, CHUNK)):
+                block = _Block(scan, rows, start, min(start + CHUNK, l), work[0])
+                entry = scan.enter(states[:, start // CHUNK], rows)
+                history = block.run(entry, work[1])
+                dout = scan.read(dy, rows, start, block.stop)  # (K, b, g, 1, c)
+                if dz is not None and block.z is not None:
+                    sigmoid = torch.sigmoid(block.z)
+                    silu_slope = sigmoid * (1 + block.z * (1 - sigmoid))
+                    scan.write(dz, rows, start, dout * block.read_out(history) * silu_slope)
+                    dout = dout * block.z * sigmoid
+                scan.write_shared(dC, rows, start, history @ dout.mT)
+                adjoint = block.run_back(dout, carry, work[2])
+                scan.write_shared(dB, rows, start, adjoint @ block.drive.mT)
+                ddrive = block.B.mT @ adjoint
+                carry = block.decay[0] * adjoint[0]
+                # Gradient of the logarithm of the decay, delta A, in place of the adjoint.
+                dlog = adjoint.mul_(block.decay)
+                dlog[0].mul_(entry)
+                dlog[1:].mul_(history[:-1])
+                dstep = torch.mul(dlog, scan.A, out=history).sum(-2, keepdim=True)
+                dstep.addcmul_(ddrive, block.u)
+                dA += dlog.mul_(block.step).sum((0, 1))
+                if delta_softplus:
+                    dstep *= torch.sigmoid(block.delta)
+                ddelta_bias += dstep.sum((0, 1))
+                scan.write(ddelta, rows, start, dstep)
+                dinput = ddrive * block.step
+                if scan.D is not None:
+                    dD += (dout * block.u).sum((0, 1))
+                    dinput.addcmul_(dout, scan.D)
+                scan.write(du, rows, start, dinput)
+            dinitial_state[rows] = scan.leave(carry)
     return (
         du,
         ddelta,

@@ -13,15 +13,13 @@ the token that is written.
 import math
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seqssm.kernels.dispatch import state_dtype
+from seqssm.kernels.dispatch import exact_matmul, state_dtype
 
 # Tokens of a chunk, by device. On the CPU 64 was near the best for p = 64 and every n from 16 to 128; on a GPU longer
 # chunks mean fewer launches.
@@ -56,7 +54,7 @@ def forward(
     final_state = x.new_empty(b, h, p, n, dtype=state_dtype(x.dtype))
     states = empty_states(x, B, chunk) if save_states else final_state.new_empty(0)
     y = x.new_empty(x.shape)
-    with _exact_matmul(x.device):
+    with exact_matmul(x.device):
         step = _step_size(dt, dt_bias, dt_softplus, final_state.dtype)
         for part in _parts(x, B, chunk, reverse):
             scan = _Scan(part, x, step, A, B, C, D, z, seq_idx)
@@ -101,7 +99,7 @@ def backward(
         D=None if D is None else D.new_zeros(D.shape, dtype=torch.float64),
     )
     dinitial_state = None if initial_state is None else dfinal_state.new_empty(dfinal_state.shape)
-    with _exact_matmul(x.device):
+    with exact_matmul(x.device):
         step = _step_size(dt, dt_bias, dt_softplus, dtype)
         for part in _parts(x, B, chunk, reverse):
             scan = _Scan(part, x, step, A, B, C, D, z, seq_idx)
@@ -524,36 +522,3 @@ def _resets(seq_idx: Tensor, backwards: bool) -> Tensor:
     """(b, l) bool: the state is dropped before this token. Never before the first in scan direction."""
     changes = seq_idx[:, 1:] != seq_idx[:, :-1]
     return F.pad(changes, [0, 1] if backwards else [1, 0])
-
-
-_precision_lock = threading.Lock()
-_precision_users = 0
-_precision_saved: dict[Any, str] = {}
-
-
-@contextmanager
-def _exact_matmul(device: torch.device) -> Iterator[None]:
-    """Matrix products in the dtype of their operands, whatever the caller allows elsewhere.
-
-    Autocast would take them to 16 bits, and ``torch.set_float32_matmul_precision`` to TF32 on a GPU or to bfloat16 on
-    some CPUs. That setting belongs to the process, and backward runs in another thread than forward: the first one in
-    sets it, the last one out puts it back.
-    """
-    global _precision_users
-    with _precision_lock:
-        if _precision_users == 0:
-            for backend in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):  # type: ignore[attr-defined]
-                if backend.fp32_precision not in ("none", "ieee"):
-                    _precision_saved[backend] = backend.fp32_precision
-                    backend.fp32_precision = "ieee"
-        _precision_users += 1
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        with _precision_lock:
-            _precision_users -= 1
-            if _precision_users == 0:
-                while _precision_saved:
-                    backend, precision = _precision_saved.popitem()
-                    backend.fp32_precision = precision

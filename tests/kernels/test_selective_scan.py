@@ -168,6 +168,23 @@ def test_step_equals_scan(backend: str, groups: int | None, dtype: torch.dtype) 
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_changes_nothing(backend: str) -> None:
+    case = ScanCase(l=100)
+    inputs = inputs_in(case, torch.float32)
+    token = {k: x[:, 0] if k in ("u", "delta", "B", "C", "z") else x for k, x in inputs.items()}
+    state = token.pop("initial_state")
+
+    def step() -> tuple[torch.Tensor, torch.Tensor]:
+        h = state.clone()
+        return selective_scan_step(h, **token, delta_softplus=True, backend=backend), h
+
+    expected = run(case, inputs, backend=backend), step()
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = run(case, inputs, backend=backend), step()
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_two_runs_give_equal_bits(backend: str) -> None:
     case = ScanCase(l=600, b=2, d=140, n=8, g=2, packed=70, reverse=(True, False))
     inputs = inputs_in(case, torch.float32)
