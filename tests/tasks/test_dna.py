@@ -14,7 +14,8 @@ from seqssm.data import DNABatch, DNADataModule
 from seqssm.data.dna.alphabet import encode, reverse_complement
 from seqssm.errors import UserError
 from seqssm.tasks.base import OptimizerConfig, Task, load_task, read_checkpoint
-from seqssm.tasks.dna import DNAClassification, kmer_ids
+from seqssm.tasks.dna import DNAClassification
+from seqssm.tasks.dna_layers import Pooling, kmer_ids
 
 MAMBA = {"m": MixerSpec(class_path="seqssm.mixers.Mamba", init_args={"d_state": 4})}
 
@@ -46,11 +47,18 @@ BACKBONES = {
 }
 
 
-@pytest.mark.parametrize("pooling", ["mean", "last"])
+POOLINGS = {
+    "mean": {"pooling": "mean"},
+    "last": {"pooling": "last"},
+    "bins": {"pooling": "mean_max", "pool_bins": 3, "motif": 5},
+}
+
+
+@pytest.mark.parametrize("pooling", POOLINGS.values(), ids=POOLINGS)
 @pytest.mark.parametrize("backbone", BACKBONES.values(), ids=BACKBONES)
-def test_padding_and_neighbours_change_nothing(backbone: dict, pooling: str) -> None:
-    task = make_task(backbone=backbone, pooling=pooling).double()
-    batch = random_batch([37, 64, 5])
+def test_padding_and_neighbours_change_nothing(backbone: dict, pooling: dict) -> None:
+    task = make_task(backbone=backbone, **pooling).double()
+    batch = random_batch([37, 64, 5, 2])
     together = task.predict_proba(batch.tokens, batch.lengths)
     for i, length in enumerate(batch.lengths):
         alone = task.predict_proba(batch.tokens[i : i + 1, :length], batch.lengths[i : i + 1])
@@ -61,13 +69,13 @@ def test_padding_and_neighbours_change_nothing(backbone: dict, pooling: str) -> 
 def test_patches_are_the_means_of_their_embeddings(patch: int, kmer: int) -> None:
     task = make_task(backbone=BACKBONES["two-way"], patch=patch, kmer=kmer, standardize=True).double()
     if kmer > 1:
-        torch.nn.init.normal_(task.kmer_embedding.weight[:-1])
+        torch.nn.init.normal_(task.embedding.kmers.weight[:-1])
     batch = random_batch([37, 64, 5])
-    embedded = task._embed(batch.tokens, batch.lengths, reverse=False)
+    embedded = task.embedding(batch.tokens, batch.lengths)
     for row, tokens, length in zip(embedded, batch.tokens, batch.lengths.tolist(), strict=True):
-        single = task.embedding(tokens[:length].long())
+        single = task.embedding.bases(tokens[:length].long())
         if kmer > 1:
-            single = single + task.kmer_embedding(kmer_ids(tokens[None, :length], kmer))[0]
+            single = single + task.embedding.kmers(kmer_ids(tokens[None, :length], kmer))[0]
         expected = torch.stack([piece.mean(0) for piece in single.split(patch)])
         torch.testing.assert_close(row[: len(expected)], expected)
     together = task(batch.tokens, batch.lengths)
@@ -76,15 +84,42 @@ def test_patches_are_the_means_of_their_embeddings(patch: int, kmer: int) -> Non
         torch.testing.assert_close(together[i : i + 1], alone, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("pooling", ["mean", "last"])
+@pytest.mark.parametrize("pooling", POOLINGS.values(), ids=POOLINGS)
 @pytest.mark.parametrize("kmer", [1, 3])
-def test_strand_equivariant_backbone_gives_both_strands_one_answer(pooling: str, kmer: int) -> None:
-    task = make_task(backbone=BACKBONES["strands"], pooling=pooling, kmer=kmer)
+def test_strand_equivariant_backbone_gives_both_strands_one_answer(pooling: dict, kmer: int) -> None:
+    task = make_task(backbone=BACKBONES["strands"], kmer=kmer, **pooling)
     if kmer > 1:
-        torch.nn.init.normal_(task.kmer_embedding.weight)
+        torch.nn.init.normal_(task.embedding.kmers.weight)
     batch = random_batch([37, 64])
     other = reverse_complement(batch.tokens, batch.lengths)
     torch.testing.assert_close(task(batch.tokens, batch.lengths), task(other, batch.lengths), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("backbone", ["causal", "two-way"])
+def test_motifs_are_a_convolution_over_bases(backbone: str) -> None:
+    task = make_task(backbone=BACKBONES[backbone], motif=4)
+    batch = random_batch([20])
+    with torch.no_grad():
+        motifs = task.embedding(batch.tokens, batch.lengths)[0] - task.embedding.bases(batch.tokens[0].long())
+    weight = task.embedding.motifs.weight  # (d, 4, 4)
+    before = 3 if backbone == "causal" else 2
+    for t in range(20):
+        expected = torch.zeros(16)
+        for j in range(4):
+            at = t - before + j
+            if 0 <= at < 20 and batch.tokens[0, at] < 4:
+                expected += weight[:, int(batch.tokens[0, at]), j].detach()
+        torch.testing.assert_close(motifs[t], expected)
+
+
+def test_bins_are_pooled_each_by_itself() -> None:
+    y = torch.randn(1, 7, 3, generator=torch.Generator().manual_seed(0))
+    parts = [y[0, :3], y[0, 3:5], y[0, 5:7]]  # 7 positions in 3 bins: where floor(3 t / 7) changes
+    means, peaks = [p.mean(0) for p in parts], [p.amax(0) for p in parts]
+    pooled = Pooling("mean_max", bins=3)(y, torch.tensor([7]))
+    torch.testing.assert_close(pooled[0], torch.cat(means + peaks))
+    whole = Pooling("mean_max")(y, torch.tensor([7]))
+    torch.testing.assert_close(whole[0], torch.cat([y[0].mean(0), y[0].amax(0)]))
 
 
 def test_kmer_ids_against_string_slices() -> None:

@@ -1,0 +1,166 @@
+"""What stands before and after the backbone of a DNA classifier: tokens to vectors, positions to one vector."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from seqssm.data.dna.alphabet import VOCABULARY_SIZE, N, complement
+
+PoolingMode = Literal["mean", "max", "mean_max", "last"]
+
+
+class SequenceEmbedding(nn.Module):
+    """Tokens to vectors: what stands at a position, and what is near it.
+
+    Args:
+        d_model: width d of the vectors.
+        kmer: add a vector for the k-mer that ends at each position, read along the strand; 1 for bases alone.
+        motif: add a convolution so many bases wide over the one-hot bases; 0 for none.
+        patch: average so many neighbouring positions into one; 1 for none.
+        causal: the convolution sees no later base, else it is centred.
+    """
+
+    def __init__(self, d_model: int, kmer: int = 1, motif: int = 0, patch: int = 1, causal: bool = False) -> None:
+        super().__init__()
+        self.kmer, self.patch = kmer, patch
+        self.bases = nn.Embedding(VOCABULARY_SIZE, d_model)
+        nn.init.normal_(self.bases.weight, std=0.02)
+        if kmer > 1:
+            self.kmers = nn.Embedding(4**kmer + 1, d_model, padding_idx=4**kmer)
+            nn.init.zeros_(self.kmers.weight)
+        self.motifs = nn.Conv1d(4, d_model, motif, bias=False) if motif else None
+        self.before = 0 if not motif else motif - 1 if causal else motif // 2  # positions of a motif before its own
+
+    def forward(self, tokens: Tensor, lengths: Tensor, other_strand: bool = False) -> Tensor:
+        """Embed sequences.
+
+        Args:
+            tokens: (b, l) uint8 token ids, padded on the right.
+            lengths: (b,) real tokens of each sequence.
+            other_strand: embed the complement of the tokens, as it is read from right to left.
+
+        Returns:
+            (b, ceil(l / patch), d)
+        """
+        if other_strand:
+            tokens = complement(tokens)
+        x = self._average(self.bases, tokens.long(), lengths)
+        if self.kmer > 1:
+            x = x + self._average(self.kmers, kmer_ids(tokens, self.kmer, reverse=other_strand), lengths)
+        if self.motifs is not None:
+            x = x + self._motifs(tokens, other_strand)
+        return x
+
+    def _motifs(self, tokens: Tensor, reverse: bool) -> Tensor:
+        """(b, l, d)"""
+        assert self.motifs is not None
+        one_hot = F.one_hot(tokens.long(), VOCABULARY_SIZE)[..., :4].to(self.motifs.weight.dtype)  # anything else: 0
+        if reverse:
+            one_hot = one_hot.flip(1)
+        width = self.motifs.kernel_size[0]
+        x = self.motifs(F.pad(one_hot.mT, (self.before, width - 1 - self.before))).mT
+        return x.flip(1) if reverse else x
+
+    def _average(self, embedding: nn.Embedding, ids: Tensor, lengths: Tensor) -> Tensor:
+        """Embed (b, l) ids and average each patch over its real positions: (b, ceil(l / patch), d)."""
+        if self.patch == 1:
+            return embedding(ids)
+        batch, length = ids.shape
+        patches = -(-length // self.patch)
+        ids = F.pad(ids, (0, patches * self.patch - length))
+        real = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
+        count = real.view(batch, patches, -1).sum(-1).clamp(min=1)  # (b, patches)
+        weights = (real / count.repeat_interleave(self.patch, 1)).to(embedding.weight.dtype)
+        # A bag sums its rows without writing (b, l, d) to memory.
+        bags = F.embedding_bag(
+            ids.view(-1, self.patch),
+            embedding.weight,
+            mode="sum",
+            per_sample_weights=weights.view(-1, self.patch),
+            padding_idx=embedding.padding_idx,
+        )
+        return bags.view(batch, patches, -1)
+
+
+class Pooling(nn.Module):
+    """Positions to one vector, in float32 or wider; padding does not count.
+
+    Args:
+        mode: the mean, the maximum, both side by side, or the last real position (for causal models).
+        bins: pool each of so many equal parts of the sequence by itself, and put them side by side: keeps where
+            something is, for sequences that are aligned. A part without a position gives zeros.
+        strands: positions hold two strands, (b, l, 2d); their vectors are averaged. The second is read from its other
+            end, so that exchanging the strands of a reverse-complement-equivariant backbone changes nothing.
+    """
+
+    def __init__(self, mode: PoolingMode, bins: int = 1, strands: bool = False) -> None:
+        super().__init__()
+        self.mode, self.bins, self.strands = mode, bins, strands
+        self.width = (2 if mode == "mean_max" else 1) * bins  # vectors side by side
+
+    def forward(self, y: Tensor, lengths: Tensor) -> Tensor:
+        """(b, l, d), or (b, l, 2d) with strands, of which (b,) ``lengths`` are real, to (b, width * d)."""
+        if not self.strands:
+            return self._pool(y, lengths, from_end=False)
+        first, second = y.chunk(2, dim=-1)
+        return (self._pool(first, lengths, from_end=False) + self._pool(second, lengths, from_end=True)) / 2
+
+    def _pool(self, y: Tensor, lengths: Tensor, from_end: bool) -> Tensor:
+        wide = torch.promote_types(y.dtype, torch.float32)
+        if self.mode == "last":
+            last = torch.zeros_like(lengths) if from_end else lengths - 1
+            return y[torch.arange(len(y), device=y.device), last].to(wide)
+        position = torch.arange(y.shape[1], device=y.device)[None]  # (1, l)
+        real = position < lengths[:, None]  # (b, l)
+        if self.bins == 1 and bool(real.all()):
+            part: list[Tensor | None] = [None]
+        else:
+            along = lengths[:, None] - 1 - position if from_end else position
+            number = (along * self.bins).div(lengths[:, None], rounding_mode="floor")
+            part = [real & (number == i) for i in range(self.bins)]
+        pooled = []
+        if self.mode != "max":
+            pooled += [self._mean(y, members, wide) for members in part]
+        if self.mode != "mean":
+            pooled += [self._max(y, members).to(wide) for members in part]
+        return torch.cat(pooled, dim=-1)
+
+    @staticmethod
+    def _mean(y: Tensor, members: Tensor | None, wide: torch.dtype) -> Tensor:
+        if members is None:
+            return y.mean(1, dtype=wide)
+        return y.masked_fill(~members[..., None], 0).sum(1, dtype=wide) / members.sum(1, keepdim=True).clamp(min=1)
+
+    @staticmethod
+    def _max(y: Tensor, members: Tensor | None) -> Tensor:
+        if members is None:
+            return y.amax(1)
+        peak = y.masked_fill(~members[..., None], -torch.inf).amax(1)
+        return peak.masked_fill(~members.any(1, keepdim=True), 0)
+
+
+def kmer_ids(tokens: Tensor, k: int, reverse: bool = False) -> Tensor:
+    """Number of the k-mer that ends at each position.
+
+    Args:
+        tokens: (b, l) integer token ids.
+        k: bases a k-mer.
+        reverse: read from right to left, so that a k-mer ends at its leftmost position.
+
+    Returns:
+        (b, l) int64: 0 to 4**k - 1, or 4**k where the k-mer leaves the sequence or holds anything but A, C, G and T.
+    """
+    length = tokens.shape[1]
+    ids = torch.zeros(tokens.shape, dtype=torch.long, device=tokens.device)
+    whole = torch.ones(tokens.shape, dtype=torch.bool, device=tokens.device)
+    for i in range(k):
+        # Position t sees token t - i, or t + i in reverse; what lies outside is no base.
+        shifted = F.pad(tokens[:, i:], (0, i), value=N) if reverse else F.pad(tokens, (i, 0), value=N)[:, :length]
+        shifted = shifted[:, :length]
+        ids += shifted.long() << (2 * i)
+        whole &= shifted < N
+    return ids.masked_fill(~whole, 4**k)
