@@ -23,6 +23,9 @@ from seqssm.kernels import bench
 from seqssm.kernels.bench import BOTH, FORWARD, OURS, Case, Run, Work
 from seqssm.kernels.bench_cases import KERNEL_CASES, ConvCase, ScanCase, SSDCase
 
+PORTABLE = "seqssm, torch backend"
+"""Our own kernels in plain PyTorch, timed among the peers where a compiled backend is the default."""
+
 
 @dataclass(frozen=True)
 class ModelCase(Case):
@@ -74,13 +77,14 @@ class ModelCase(Case):
         short = ("transformers",) if self.l <= (1024 if self.mixer == "Mamba" else 8192) else ()
         if self.device == "cuda":
             return ("mamba_ssm", *short)
-        return (*short, "mambapy") if self.mixer == "Mamba" else short
+        return (PORTABLE, *short, "mambapy") if self.mixer == "Mamba" else short
 
     def build(self, implementation: str) -> Run:
         torch.manual_seed(0)
         x = torch.randn(1, self.l, self.d_model, device=self.device)
-        if implementation == OURS:
-            model: nn.Module = Backbone(self.config()).to(self.device)
+        if implementation in (OURS, PORTABLE):
+            config = self.config() if implementation == OURS else self.config("torch")
+            model: nn.Module = Backbone(config).to(self.device)
 
             def function() -> Tensor:
                 return model(x)[0]
