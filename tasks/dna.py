@@ -38,10 +38,11 @@ class DNAClassification(Task):
             none.
         patch: average the embeddings of so many neighbouring bases into one position of the backbone: long windows at
             a fraction of the cost, where the order of single bases matters less than composition. 1 for none.
+        positions: learn a vector for each of so many places in a window, which then may not be longer. For windows that
+            are aligned, at a transcription start, say: what a motif means there depends on where it stands. 0 for none.
         pooling: how positions become one vector: their mean, their maximum, both side by side (``mean_max``), or the
             last real one (for causal models).
-        pool_bins: pool so many equal parts of a window each by itself. For windows that are aligned, at a
-            transcription start, say, where a motif stands tells as much as that it is there. 1 pools the whole window.
+        pool_bins: pool so many equal parts of a window each by itself, for aligned windows, too; 1 pools the whole.
         standardize: scale the pooled vector by its statistics over the training windows (batch normalisation). The mean
             over a long window differs little from one window to the next, and without it learning is slow.
         head_dropout: dropout of the pooled vector.
@@ -61,6 +62,7 @@ class DNAClassification(Task):
         kmer: int = 1,
         motif: int = 0,
         patch: int = 1,
+        positions: int = 0,
         pooling: PoolingMode = "mean",
         pool_bins: int = 1,
         standardize: bool = False,
@@ -79,6 +81,7 @@ class DNAClassification(Task):
             kmer=kmer,
             motif=motif,
             patch=patch,
+            positions=positions,
             pooling=pooling,
             pool_bins=pool_bins,
             standardize=standardize,
@@ -98,12 +101,12 @@ class DNAClassification(Task):
             raise UserError(
                 "model.patch must be 1 with backbone.reverse_complement: patches of the strands do not align"
             )
-        if patch > 1 and motif:
-            raise UserError("model.motif must be 0 with model.patch: the mean of a motif's scores is mere composition")
+        if patch > 1 and (motif or positions):
+            raise UserError("model.motif and model.positions must be 0 with model.patch: its positions are means")
         if pooling == "last" and pool_bins > 1:
             raise UserError("model.pool_bins must be 1 with model.pooling last: there is one last position")
         self.backbone = Backbone(config)
-        self.embedding = SequenceEmbedding(config.d_model, kmer, motif, patch, causal=self.backbone.causal)
+        self.embedding = SequenceEmbedding(config.d_model, kmer, motif, patch, positions, self.backbone.causal)
         self.pooling = Pooling(pooling, pool_bins, strands=config.reverse_complement)
         width = self.pooling.width * config.d_model
         self.standardize = nn.BatchNorm1d(width) if standardize else nn.Identity()

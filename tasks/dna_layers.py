@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seqssm.data.dna.alphabet import VOCABULARY_SIZE, N, complement
+from seqssm.errors import UserError
 
 PoolingMode = Literal["mean", "max", "mean_max", "last"]
 
@@ -21,10 +22,13 @@ class SequenceEmbedding(nn.Module):
         kmer: add a vector for the k-mer that ends at each position, read along the strand; 1 for bases alone.
         motif: add a convolution so many bases wide over the one-hot bases; 0 for none.
         patch: average so many neighbouring positions into one; 1 for none.
+        positions: add a vector for each of so many places in the sequence, which then is no longer; 0 for none.
         causal: the convolution sees no later base, else it is centred.
     """
 
-    def __init__(self, d_model: int, kmer: int = 1, motif: int = 0, patch: int = 1, causal: bool = False) -> None:
+    def __init__(
+        self, d_model: int, kmer: int = 1, motif: int = 0, patch: int = 1, positions: int = 0, causal: bool = False
+    ) -> None:
         super().__init__()
         self.kmer, self.patch = kmer, patch
         self.bases = nn.Embedding(VOCABULARY_SIZE, d_model)
@@ -32,6 +36,7 @@ class SequenceEmbedding(nn.Module):
         if kmer > 1:
             self.kmers = nn.Embedding(4**kmer + 1, d_model, padding_idx=4**kmer)
             nn.init.zeros_(self.kmers.weight)
+        self.places = nn.Parameter(torch.zeros(positions, d_model)) if positions else None
         self.motifs = nn.Conv1d(4, d_model, motif, bias=False) if motif else None
         self.before = 0 if not motif else motif - 1 if causal else motif // 2  # positions of a motif before its own
 
@@ -45,6 +50,9 @@ class SequenceEmbedding(nn.Module):
 
         Returns:
             (b, ceil(l / patch), d)
+
+        Raises:
+            UserError: a sequence is longer than ``positions``.
         """
         if other_strand:
             tokens = complement(tokens)
@@ -53,7 +61,22 @@ class SequenceEmbedding(nn.Module):
             x = x + self._average(self.kmers, kmer_ids(tokens, self.kmer, reverse=other_strand), lengths)
         if self.motifs is not None:
             x = x + self._motifs(tokens, other_strand)
+        if self.places is not None:
+            x = x + self._places(tokens.shape[1], lengths, other_strand)
         return x
+
+    def _places(self, length: int, lengths: Tensor, reverse: bool) -> Tensor:
+        """(1 or b, l, d)"""
+        assert self.places is not None
+        if length > len(self.places):
+            raise UserError(
+                f"a window of {length} bp is longer than the model's {len(self.places)} positions: "
+                "set model.positions to the window's length, or to 0 if windows are not aligned"
+            )
+        if not reverse:
+            return self.places[None, :length]
+        along = lengths[:, None] - 1 - torch.arange(length, device=lengths.device)  # negative in the padding
+        return self.places[along.clamp(min=0)]
 
     def _motifs(self, tokens: Tensor, reverse: bool) -> Tensor:
         """(b, l, d)"""

@@ -50,7 +50,7 @@ BACKBONES = {
 POOLINGS = {
     "mean": {"pooling": "mean"},
     "last": {"pooling": "last"},
-    "bins": {"pooling": "mean_max", "pool_bins": 3, "motif": 5},
+    "bins": {"pooling": "mean_max", "pool_bins": 3, "motif": 5, "positions": 64},
 }
 
 
@@ -88,8 +88,9 @@ def test_patches_are_the_means_of_their_embeddings(patch: int, kmer: int) -> Non
 @pytest.mark.parametrize("kmer", [1, 3])
 def test_strand_equivariant_backbone_gives_both_strands_one_answer(pooling: dict, kmer: int) -> None:
     task = make_task(backbone=BACKBONES["strands"], kmer=kmer, **pooling)
-    if kmer > 1:
-        torch.nn.init.normal_(task.embedding.kmers.weight)
+    for name, parameter in task.embedding.named_parameters():
+        if name in ("kmers.weight", "places"):
+            torch.nn.init.normal_(parameter)
     batch = random_batch([37, 64])
     other = reverse_complement(batch.tokens, batch.lengths)
     torch.testing.assert_close(task(batch.tokens, batch.lengths), task(other, batch.lengths), atol=1e-6, rtol=0)
@@ -110,6 +111,17 @@ def test_motifs_are_a_convolution_over_bases(backbone: str) -> None:
             if 0 <= at < 20 and batch.tokens[0, at] < 4:
                 expected += weight[:, int(batch.tokens[0, at]), j].detach()
         torch.testing.assert_close(motifs[t], expected)
+
+
+def test_positions_are_told_apart_and_longer_windows_refused() -> None:
+    task = make_task(positions=20)
+    batch = random_batch([20])
+    plain = task.embedding(batch.tokens, batch.lengths)
+    torch.nn.init.normal_(task.embedding.places)
+    torch.testing.assert_close(task.embedding(batch.tokens, batch.lengths) - plain, task.embedding.places[None])
+    batch = random_batch([21])
+    with pytest.raises(UserError, match="21 bp is longer than the model's 20 positions"):
+        task(batch.tokens, batch.lengths)
 
 
 def test_bins_are_pooled_each_by_itself() -> None:
