@@ -43,8 +43,9 @@ class DNAClassification(Task):
         pooling: how positions become one vector: their mean, their maximum, both side by side (``mean_max``), or the
             last real one (for causal models).
         pool_bins: pool so many equal parts of a window each by itself, for aligned windows, too; 1 pools the whole.
-        standardize: scale the pooled vector by its statistics over the training windows (batch normalisation). The mean
-            over a long window differs little from one window to the next, and without it learning is slow.
+        standardize: scale what enters the backbone, and the pooled vector, by their statistics over the training
+            windows (batch normalisation). The composition of long windows, and of patches, differs little from one to
+            the next, and without it learning is slow.
         head_dropout: dropout of the pooled vector.
         label_smoothing: share of the target spread evenly over the classes.
         class_weights: one weight a class, ``balanced`` (inverse frequency in the training windows), or none.
@@ -106,7 +107,9 @@ class DNAClassification(Task):
         if pooling == "last" and pool_bins > 1:
             raise UserError("model.pool_bins must be 1 with model.pooling last: there is one last position")
         self.backbone = Backbone(config)
-        self.embedding = SequenceEmbedding(config.d_model, kmer, motif, patch, positions, self.backbone.causal)
+        self.embedding = SequenceEmbedding(
+            config.d_model, kmer, motif, patch, positions, self.backbone.causal, standardize
+        )
         self.pooling = Pooling(pooling, pool_bins, strands=config.reverse_complement)
         width = self.pooling.width * config.d_model
         self.standardize = nn.BatchNorm1d(width) if standardize else nn.Identity()

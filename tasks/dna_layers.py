@@ -24,10 +24,18 @@ class SequenceEmbedding(nn.Module):
         patch: average so many neighbouring positions into one; 1 for none.
         positions: add a vector for each of so many places in the sequence, which then is no longer; 0 for none.
         causal: the convolution sees no later base, else it is centred.
+        standardize: scale the vectors by their statistics over the real positions of training batches.
     """
 
     def __init__(
-        self, d_model: int, kmer: int = 1, motif: int = 0, patch: int = 1, positions: int = 0, causal: bool = False
+        self,
+        d_model: int,
+        kmer: int = 1,
+        motif: int = 0,
+        patch: int = 1,
+        positions: int = 0,
+        causal: bool = False,
+        standardize: bool = False,
     ) -> None:
         super().__init__()
         self.kmer, self.patch = kmer, patch
@@ -35,7 +43,9 @@ class SequenceEmbedding(nn.Module):
         nn.init.normal_(self.bases.weight, std=0.02)
         if kmer > 1:
             self.kmers = nn.Embedding(4**kmer + 1, d_model, padding_idx=4**kmer)
-            nn.init.zeros_(self.kmers.weight)
+            nn.init.normal_(self.kmers.weight[:-1], std=0.02)
+        # Means over a patch vary little: the usual epsilon would weigh as much as their variance.
+        self.norm = nn.BatchNorm1d(d_model, eps=1e-8) if standardize else None
         self.places = nn.Parameter(torch.zeros(positions, d_model)) if positions else None
         self.motifs = nn.Conv1d(4, d_model, motif, bias=False) if motif else None
         self.before = 0 if not motif else motif - 1 if causal else motif // 2  # positions of a motif before its own
@@ -61,6 +71,9 @@ class SequenceEmbedding(nn.Module):
             x = x + self._average(self.kmers, kmer_ids(tokens, self.kmer, reverse=other_strand), lengths)
         if self.motifs is not None:
             x = x + self._motifs(tokens, other_strand)
+        if self.norm is not None:
+            real = torch.arange(x.shape[1], device=x.device) < -(-lengths // self.patch)[:, None]
+            x = torch.zeros_like(x).masked_scatter(real[..., None], self.norm(x[real]))
         if self.places is not None:
             x = x + self._places(tokens.shape[1], lengths, other_strand)
         return x

@@ -67,7 +67,7 @@ def test_padding_and_neighbours_change_nothing(backbone: dict, pooling: dict) ->
 
 @pytest.mark.parametrize(("patch", "kmer"), [(8, 1), (8, 3)])
 def test_patches_are_the_means_of_their_embeddings(patch: int, kmer: int) -> None:
-    task = make_task(backbone=BACKBONES["two-way"], patch=patch, kmer=kmer, standardize=True).double()
+    task = make_task(backbone=BACKBONES["two-way"], patch=patch, kmer=kmer).double()
     if kmer > 1:
         torch.nn.init.normal_(task.embedding.kmers.weight[:-1])
     batch = random_batch([37, 64, 5])
@@ -82,6 +82,20 @@ def test_patches_are_the_means_of_their_embeddings(patch: int, kmer: int) -> Non
     for i, length in enumerate(batch.lengths):
         alone = task(batch.tokens[i : i + 1, :length], batch.lengths[i : i + 1])
         torch.testing.assert_close(together[i : i + 1], alone, atol=1e-6, rtol=0)
+
+
+def test_standardized_patches_have_mean_0_and_variance_1_over_real_positions() -> None:
+    task = make_task(backbone=BACKBONES["two-way"], patch=8, standardize=True).train()
+    batch = random_batch([37, 64, 5])
+    embedded = task.embedding(batch.tokens, batch.lengths)
+    real = torch.arange(8) < torch.tensor([5, 8, 1])[:, None]
+    torch.testing.assert_close(embedded[real].mean(0), torch.zeros(16), atol=1e-5, rtol=0)
+    torch.testing.assert_close(embedded[real].var(0, unbiased=False), torch.ones(16), atol=1e-2, rtol=0)
+    assert not embedded[~real].any()
+    task.eval()
+    together = task(batch.tokens, batch.lengths)
+    alone = task(batch.tokens[:1, :37], batch.lengths[:1])
+    torch.testing.assert_close(together[:1], alone, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("pooling", POOLINGS.values(), ids=POOLINGS)
