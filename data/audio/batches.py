@@ -11,11 +11,14 @@ from seqssm.data.features import FeatureConfig, fbank
 
 class AudioBatch(NamedTuple):
     """features (b,l,mel) float32, normalised, zero where padded; lengths (b,) int64, frames; labels (b,) int64 class
-    ids, or (b,classes) float32 between 0 and 1 for several labels and for mixtures."""
+    ids, or (b,classes) float32 between 0 and 1 for several labels and for mixtures. Where the loader says what it mixed:
+    sources (b,k) int64, positions of the clips in their split (-1 for none), and weights (b,k) float32."""
 
     features: Tensor
     lengths: Tensor
     labels: Tensor
+    sources: Tensor | None = None
+    weights: Tensor | None = None
 
 
 def batch_features(samples: Sequence[Tensor], config: FeatureConfig) -> tuple[Tensor, Tensor]:
