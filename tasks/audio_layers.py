@@ -149,8 +149,8 @@ def _factors(number: int) -> list[int]:
 class Pooling(nn.Module):
     """Clip scores as a weighted mean of frame scores: equal weights, learnt ones, or all on the last frame.
 
-    Learnt weights are the softmax over time of a linear map, a class each. The running form carries the weights' sum, the
-    weighted sum and the largest exponent, so that a stream of any length takes constant memory.
+    Learnt weights are the softmax over time of a linear map, a class each. The running form carries the sum of the
+    weights, the weighted sum and the largest exponent, so that a stream of any length takes constant memory.
 
     Args:
         kind: ``mean``, ``attention`` or ``last``.

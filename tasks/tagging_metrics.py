@@ -111,8 +111,9 @@ def _rows(values: Tensor) -> Tensor:
 
 
 def best_thresholds(probabilities: Tensor, targets: Tensor) -> list[float]:
-    """For each class, the threshold with the best F1 on these clips: halfway between the last score that it takes in and
-    the first that it leaves out. 0.5 for a class without clips.
+    """For each class, the threshold with the best F1 on these clips, 0.5 for a class without any.
+
+    It lies halfway between the last score that it takes in and the first that it leaves out.
 
     Args:
         probabilities: (n, c).

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
@@ -17,6 +18,7 @@ from seqssm.mixers import State
 from seqssm.streaming import Stream
 from seqssm.tasks.tagging import AudioTagging
 
+SNAPSHOT_FORMAT = "seqssm-tagger"
 STATE_PARTS = ("stem", "backbone", "pooling")
 
 
@@ -30,8 +32,8 @@ class TagScores(NamedTuple):
 class StreamingTagger(nn.Module):
     """A causal tagger with its state in its hands: ``forward(features (b, t, mel), state) -> (TagScores, state)``.
 
-    For :class:`~seqssm.streaming.Stream`, with chunks of whole frame groups. The state is that of the stem, the backbone
-    and the pooling, with keys such as ``backbone.layers.0.scan``.
+    For :class:`~seqssm.streaming.Stream`, with chunks of whole frame groups. The state is that of the stem, the
+    backbone and the pooling, with keys such as ``backbone.layers.0.scan``.
 
     Raises:
         UserError: the task looks ahead.
@@ -134,12 +136,9 @@ class LiveTagger(Tagger):
 
     def snapshot(self) -> bytes:
         """All state, from the resampler to the pooling, as one safetensors blob: another process can go on with it."""
-        model = torch.frombuffer(bytearray(self._stream.snapshot()), dtype=torch.uint8)
-        features = self._fbank.snapshot()
-        tensors = {f"features/{k}": v.contiguous().clone() for k, v in features.items() if isinstance(v, Tensor)}
-        numbers = {k: v for k, v in features.items() if not isinstance(v, Tensor)}
-        about = {"format": "seqssm-tagger", "input_rate": str(self.input_rate), "features": json.dumps(numbers)}
-        return save({"model": model, **tensors}, metadata=about)
+        parts = {"features": self._fbank.snapshot(), "model": self._stream.snapshot()}
+        tensors = {name: torch.frombuffer(bytearray(blob), dtype=torch.uint8) for name, blob in parts.items()}
+        return save(tensors, metadata={"format": SNAPSHOT_FORMAT, "input_rate": str(self.input_rate)})
 
     def restore(self, blob: bytes) -> None:
         """Go on from what :meth:`snapshot` gave.
@@ -150,10 +149,12 @@ class LiveTagger(Tagger):
         about = _metadata(blob)
         if about.get("input_rate") != str(self.input_rate):
             raise UserError(f"the snapshot is of a stream at {about.get('input_rate')} Hz, not {self.input_rate}")
-        tensors = load(blob)
-        self._stream.restore(tensors.pop("model").numpy().tobytes())
-        features = {key.removeprefix("features/"): value for key, value in tensors.items()}
-        self._fbank.restore({**features, **json.loads(about["features"])})
+        try:
+            parts = {name: tensor.numpy().tobytes() for name, tensor in load(blob).items()}
+        except SafetensorError as error:
+            raise UserError(f"the snapshot is damaged ({error}); take a new one") from error
+        self._stream.restore(parts["model"])
+        self._fbank.restore(parts["features"])
 
 
 def _metadata(blob: bytes) -> dict[str, str]:
@@ -162,7 +163,7 @@ def _metadata(blob: bytes) -> dict[str, str]:
         about = json.loads(blob[8 : 8 + size]).get("__metadata__", {})
     except (ValueError, AttributeError) as error:
         raise UserError("this is not a snapshot of a live tagger, or it is damaged") from error
-    if about.get("format") != "seqssm-tagger":
+    if about.get("format") != SNAPSHOT_FORMAT:
         raise UserError("this is not a snapshot of a live tagger")
     return about
 
