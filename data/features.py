@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
@@ -184,28 +185,39 @@ class StreamingFbank:
         self.position += len(frames)
         return frames
 
-    def snapshot(self) -> dict[str, Any]:
-        """The state: flat, tensors and whole numbers."""
-        resampler = self._resampler.snapshot()
-        return {
-            "samples": torch.from_numpy(self._samples.copy()),
-            "position": self.position,
-            "resampler_input": torch.from_numpy(resampler["input"]),
-            "resampler_first": resampler["first"],
-            "resampler_done": resampler["done"],
-        }
+    def snapshot(self) -> bytes:
+        """The state as one safetensors blob, for `restore` in another process."""
+        from safetensors.torch import save
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on from what `snapshot` gave, with the same settings."""
-        self._samples = state["samples"].numpy().copy()
-        self.position = int(state["position"])
-        self._resampler.restore(
-            {
-                "input": state["resampler_input"].numpy(),
-                "first": state["resampler_first"],
-                "done": state["resampler_done"],
-            }
-        )
+        resampler = self._resampler.snapshot()
+        tensors = {"samples": torch.from_numpy(self._samples.copy()), "input": torch.from_numpy(resampler["input"])}
+        counts = {"position": self.position, "first": resampler["first"], "done": resampler["done"]}
+        return save(tensors, metadata={**self._settings(), **{key: str(value) for key, value in counts.items()}})
+
+    def restore(self, blob: bytes) -> None:
+        """Go on from what `snapshot` gave; raises UserError for other settings or a blob of something else."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load
+
+        try:
+            tensors = load(blob)
+            about = json.loads(blob[8 : 8 + int.from_bytes(blob[:8], "little")]).get("__metadata__", {})
+        except (SafetensorError, ValueError) as error:
+            raise UserError("this is not a snapshot of streaming features, or it is damaged") from error
+        for key, value in self._settings().items():
+            if about.get(key) != value:
+                raise UserError(f"the snapshot is of streaming features with {key} {about.get(key)}, not {value}")
+        self._samples, self.position = tensors["samples"].numpy().copy(), int(about["position"])
+        state = {"input": tensors["input"].numpy(), "first": about["first"], "done": about["done"]}
+        self._resampler.restore(state)
+
+    def _settings(self) -> dict[str, str]:
+        return {
+            "format": "seqssm-features-1",
+            "input_rate": str(self._resampler.source_rate),
+            "block_frames": str(self.block_frames),
+            "features": json.dumps(self.config.to_dict(), sort_keys=True),
+        }
 
 
 def _mono(samples: np.ndarray | Tensor) -> np.ndarray:

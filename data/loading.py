@@ -1,9 +1,18 @@
-"""Loaders that a Lightning checkpoint remembers to the batch, and shards that show every item once."""
+"""Seeded order; loaders that a Lightning checkpoint remembers to the batch, and shards that show every item once."""
 
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+
+def shuffled_rounds(pool: np.ndarray, first: int, count: int, key: tuple[int, ...]) -> np.ndarray:
+    """Items first to first + count of the endless sequence of the pool's permutations, which `key` seeds."""
+    rounds = range(first // len(pool), (first + count - 1) // len(pool) + 1)
+    order = [pool[np.random.default_rng([*key, r, 1]).permutation(len(pool))] for r in rounds]
+    skip = first - rounds.start * len(pool)
+    return np.concatenate(order)[skip : skip + count]
 
 
 class EpochSampler(DistributedSampler[int]):

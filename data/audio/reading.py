@@ -35,6 +35,23 @@ def _reason(error: Exception) -> str:
     return str(error).rpartition(": ")[2].strip().rstrip(".") or type(error).__name__
 
 
+def duration(path: str | Path, start_s: float = 0.0, end_s: float | None = None) -> tuple[int, int, int]:
+    """Samples of a file or of a part of it, sample rate and channels, by the header; raises UserError naming it."""
+    with open_audio(path) as file:
+        begin, end = _part(file, path, start_s, end_s)
+        return end - begin, file.samplerate, file.channels
+
+
+def _part(file: Any, path: str | Path, start_s: float, end_s: float | None) -> tuple[int, int]:
+    rate = file.samplerate
+    begin = round(start_s * rate)
+    end = file.frames if end_s is None else min(round(end_s * rate), file.frames)
+    if begin >= end:
+        where = "no samples" if file.frames == 0 else f"no samples from {start_s:g} s on"
+        raise UserError(f"{path} has {where} (it is {file.frames / rate:.2f} s long): remove it from the data")
+    return begin, end
+
+
 def read_audio(path: str | Path, start_s: float = 0.0, end_s: float | None = None) -> tuple[np.ndarray, int]:
     """Samples (channels, n) float32 between -1 and 1, and the sample rate, of a file or of a part of it.
 
@@ -43,11 +60,7 @@ def read_audio(path: str | Path, start_s: float = 0.0, end_s: float | None = Non
     """
     with open_audio(path) as file:
         rate = file.samplerate
-        begin = round(start_s * rate)
-        end = file.frames if end_s is None else min(round(end_s * rate), file.frames)
-        if begin >= end:
-            where = "no samples" if file.frames == 0 else f"no samples from {start_s:g} s on"
-            raise UserError(f"{path} has {where} (it is {file.frames / rate:.2f} s long): remove it from the data")
+        begin, end = _part(file, path, start_s, end_s)
         if begin:
             file.seek(begin)
         samples = _decode(file, end - begin, path)

@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 
 from seqssm.data.dna.alphabet import PAD, reverse_complement
 from seqssm.data.dna.library import Library
+from seqssm.data.loading import shuffled_rounds
 from seqssm.errors import UserError
 
 MAX_DRAWS = 200
@@ -182,15 +183,8 @@ class TrainingDataset(Dataset[Sample]):
         chosen = np.empty(self.windows_per_epoch, np.int64)
         for number, pool in enumerate(pools):
             items = np.flatnonzero(pool_of_item == number)
-            chosen[items] = self._shuffled_rounds(number, pool, epoch * len(items), len(items))
+            chosen[items] = shuffled_rounds(pool, epoch * len(items), len(items), (self.seed, number))
         return chosen
-
-    def _shuffled_rounds(self, number: int, pool: np.ndarray, first: int, count: int) -> np.ndarray:
-        """Items first to first + count of the endless sequence of the pool's permutations."""
-        rounds = range(first // len(pool), (first + count - 1) // len(pool) + 1)
-        order = [pool[np.random.default_rng([self.seed, number, r, 1]).permutation(len(pool))] for r in rounds]
-        skip = first - rounds.start * len(pool)
-        return np.concatenate(order)[skip : skip + count]
 
     def _draw_starts(self, rng: np.random.Generator) -> Windows:
         assert self.window_bp is not None
