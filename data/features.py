@@ -109,7 +109,8 @@ def fbank(samples: Tensor, config: FeatureConfig) -> Tensor:
     frames = samples.unfold(-1, config.frame_samples, config.hop_samples)  # (..., f, w)
     frames = frames - frames.mean(-1, keepdim=True)
     previous = torch.cat([frames[..., :1], frames[..., :-1]], -1)
-    spectrum = torch.fft.rfft((frames - PREEMPHASIS * previous) * window, n=_fft_samples(config))
+    shaped = torch.sub(frames, previous, alpha=PREEMPHASIS).mul_(window)
+    spectrum = torch.fft.rfft(F.pad(shaped, (0, _fft_samples(config) - config.frame_samples)))
     power = spectrum.real.square() + spectrum.imag.square()
     return normalise((power @ banks).clamp_min(FLOOR).log(), config)
 

@@ -25,7 +25,7 @@ class EpochSampler(DistributedSampler[int]):
         super().__init__(dataset, num_replicas=num_replicas, rank=rank)
         self.batch_size = batch_size
         self.first_batch = 0
-        share = len(dataset) // num_replicas
+        share = len(dataset) // num_replicas  # type: ignore[arg-type]
         # whole batches only, and as many for every rank, unless the epoch is smaller than one
         self.per_rank = share - share % batch_size if share >= batch_size else share
 

@@ -10,6 +10,8 @@ from torch.nn.utils.rnn import pad_sequence
 from seqssm.data.audio.augment import apply_masks
 from seqssm.data.features import FeatureConfig, fbank
 
+CLIPS_AT_ONCE = 4
+
 
 class AudioBatch(NamedTuple):
     """features (b,l,mel) float32, normalised, zero where padded; lengths (b,) int64, frames; labels (b,) int64 class
@@ -56,7 +58,10 @@ def batch_features(samples: Sequence[Tensor], config: FeatureConfig) -> tuple[Te
 
 
 def _features(samples: Tensor, counts: Tensor, config: FeatureConfig) -> tuple[Tensor, Tensor]:
-    features = fbank(samples, config)
+    if samples.device.type == "cpu":  # a few clips at a time stay in the processor's cache
+        features = torch.cat([fbank(some, config) for some in samples.split(CLIPS_AT_ONCE)])
+    else:
+        features = fbank(samples, config)
     whole = (counts - config.frame_samples).div(config.hop_samples, rounding_mode="floor") + 1
     lengths = torch.where(counts < config.frame_samples, (counts > 0).long(), whole)
     frame = torch.arange(features.shape[1], device=features.device)

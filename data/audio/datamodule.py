@@ -196,7 +196,7 @@ class AudioTaggingDataModule(LightningDataModule):
         return {"labels": self.labels, "multi_label": self.multi_label, "features": self.features.to_dict()}
 
     def clips(self, split: str) -> list[Clip]:
-        """What the ordered loader of a split gives, in its order; of a mixture, its first clip with the labels of all."""
+        """What the ordered loader of a split gives, in order; a mixture is its first clip with the labels of all."""
         return self._split(split).items()
 
     # ---- from files to splits ----------------------------------------------------------------------------------------
@@ -239,6 +239,7 @@ class AudioTaggingDataModule(LightningDataModule):
         self._labels = self.labels
         store = self._decoded()
         split, self._split_said = split_clips(store.clips, self.split_plan, several)
+        self._left_out["clips marked drop"] = int((split == "drop").sum())
         if settings["drop_shared"]:
             held_out = {store.scans[i].digest for i in np.flatnonzero((split == "val") | (split == "test"))} - {""}
             shared = [i for i in np.flatnonzero(split == "train") if store.scans[i].digest in held_out]
