@@ -113,12 +113,15 @@ def add_noise(
     return samples + made * np.float32(level / noise_level * 10 ** (-snr_db / 20))
 
 
-def coloured_noise(count: int, rng: np.random.Generator) -> np.ndarray:
-    """Noise (count,) float32 whose power falls as 1/f^s, s between 0 (white) and 2 (brown)."""
+def coloured_noise(count: int, rng: np.random.Generator, slope: float | None = None) -> np.ndarray:
+    """Noise (count,) float32 whose power falls as 1/f^slope, 0 for white to 2 for brown; by default a random slope.
+
+    A power of two of samples can be repeated without a seam.
+    """
     size = 1 << max(count - 1, 1).bit_length()
-    slope = rng.uniform(0, 2)
+    exponent = (rng.uniform(0, 2) if slope is None else slope) / 2
     spectrum = np.fft.rfft(rng.standard_normal(size, np.float32))
-    spectrum *= np.maximum(np.arange(len(spectrum)), 1.0) ** (-slope / 2)
+    spectrum *= np.maximum(np.arange(len(spectrum)), 1.0) ** -exponent
     return np.fft.irfft(spectrum, size)[:count].astype(np.float32)
 
 
