@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import shlex
 from pathlib import Path
@@ -92,4 +93,5 @@ class TaskCLI(LightningCLI):
 
 
 def _attribute(name: str, datamodule: pl.LightningDataModule) -> Any:
-    return getattr(datamodule, name, None)
+    value = getattr(datamodule, name, None)
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
