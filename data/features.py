@@ -137,7 +137,7 @@ class StreamingFbank:
         position: frames given out.
     """
 
-    def __init__(self, config: FeatureConfig, input_rate: int, block_frames: int = 4) -> None:
+    def __init__(self, config: FeatureConfig, input_rate: int, block_frames: int = 8) -> None:
         if block_frames < 1:
             raise ValueError(f"block_frames must be positive, got {block_frames}")
         self.config = config

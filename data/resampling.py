@@ -12,7 +12,7 @@ from seqssm.errors import UserError
 MAX_RATE = 768_000
 # Reach of soxr's filter (quality HQ) to either side in samples of the slower rate, rounded up: 105 were measured.
 REACH_SAMPLES = 160
-SEGMENT_S = 0.02
+SEGMENT_S = 0.04
 
 
 def check_rate(rate: float, where: str) -> int:
@@ -49,7 +49,7 @@ class StreamingResampler:
     the input around it: every segment of a fixed grid is converted by itself, with the filter's reach to either side,
     which equals the conversion of the whole within rounding and does not depend on the packets.
 
-    The delay is a segment and the reach: 28 ms for common rates, up to a second where `source_rate` and `target_rate`
+    The delay is a segment and the reach: 50 ms for common rates, up to a second where `source_rate` and `target_rate`
     have hardly a common divisor.
     """
 

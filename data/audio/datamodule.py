@@ -199,6 +199,11 @@ class AudioTaggingDataModule(LightningDataModule):
         """What the ordered loader of a split gives, in order; a mixture is its first clip with the labels of all."""
         return self._split(split).items()
 
+    def samples(self, split: str, number: int) -> np.ndarray:
+        """Samples (n,) float32 at the features' rate of the clip at a position of its split; not to be written to."""
+        found = self._split(split)
+        return found.store[int(found.numbers[number])]
+
     # ---- from files to splits ----------------------------------------------------------------------------------------
 
     def _list(self) -> ClipList:

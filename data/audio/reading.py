@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
@@ -14,15 +15,33 @@ from seqssm.errors import UserError
 AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".oga", ".aif", ".aiff", ".au", ".w64", ".rf64", ".caf")
 
 
+# A frame of MP3 needs the bits of frames before it: decoding begins so many samples before those that are wanted.
+MP3_LEAD = 32 * 1152
+
+
+@cache
+def _sequential_file() -> type:
+    import soundfile
+
+    class SequentialFile(soundfile.SoundFile):
+        """Reads on without seeking. soundfile seeks after every read to where it is already, after which MP3 frames
+        are decoded without the bits of those before them, and come out wrong."""
+
+        def seekable(self) -> bool:
+            return False
+
+    return SequentialFile
+
+
 def open_audio(source: str | Path | IO[bytes]) -> Any:
-    """A `soundfile.SoundFile` whose rate has been checked; raises UserError naming the file."""
+    """A `soundfile.SoundFile` to read in order, whose rate has been checked; raises UserError naming the file."""
     import soundfile
 
     name = getattr(source, "name", source)
     if isinstance(source, str | Path) and not Path(source).exists():
         raise UserError(f"{source} does not exist: correct the path")
     try:
-        file = soundfile.SoundFile(str(source) if isinstance(source, Path) else source)
+        file = _sequential_file()(str(source) if isinstance(source, Path) else source)
     except (soundfile.LibsndfileError, TypeError, OSError) as error:
         raise UserError(
             f"{name}: not readable as audio ({_reason(error)}); give WAV, FLAC, MP3, OGG or Opus"
@@ -61,9 +80,10 @@ def read_audio(path: str | Path, start_s: float = 0.0, end_s: float | None = Non
     with open_audio(path) as file:
         rate = file.samplerate
         begin, end = _part(file, path, start_s, end_s)
-        if begin:
-            file.seek(begin)
-        samples = _decode(file, end - begin, path)
+        lead = min(begin, MP3_LEAD) if file.format == "MP3" else 0
+        if begin > lead:
+            file.seek(begin - lead)
+        samples = _decode(file, lead + end - begin, path)[lead:]
     if not len(samples):
         raise UserError(f"{path} has no samples: remove it from the data")
     if not np.isfinite(samples).all():
