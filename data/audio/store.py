@@ -129,9 +129,10 @@ class ClipStore:
     def read(self, number: int, first: int, count: int) -> np.ndarray:
         """Samples (count,) from a clip's `first` on, fewer at its end; not to be written to."""
         available = self.scans[number].samples
+        count = min(count, available - first)
         if self._samples is not None:
-            begin = int(self._offsets[number])
-            return self._samples[begin + first : begin + min(first + count, available)]
+            begin = int(self._offsets[number]) + first
+            return self._samples[begin : begin + count]
         clip = self.clips[number]
         if first > 0 or count < available:
             start_s = clip.start_s + first / self.sample_rate
