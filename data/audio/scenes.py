@@ -123,15 +123,15 @@ def scene_parts(
         gap = round(rng.uniform(*placement.gap_s) * sample_rate)
         if total is not None and at + gap + len(clips[number]) > total:
             break
-        yield background(gap), None
+        for size in _minutes(gap, sample_rate):
+            yield background(size), None
         at += gap
         event = Event(at / sample_rate, (at + len(clips[number])) / sample_rate, number)
         yield _placed(clips[number], background(len(clips[number])), fade, placement.snr_db), event
         at += len(clips[number])
     rest = round(rng.uniform(*placement.gap_s) * sample_rate) if total is None else total - at
-    for _ in range(rest // (60 * sample_rate)):
-        yield background(60 * sample_rate), None
-    yield background(rest % (60 * sample_rate)), None
+    for size in _minutes(rest, sample_rate):
+        yield background(size), None
 
 
 def _placed(clip: np.ndarray, behind: np.ndarray, fade: int, snr_db: float | None) -> np.ndarray:
