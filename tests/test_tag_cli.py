@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 import threading
 import time
@@ -118,30 +117,34 @@ def test_events_and_report_of_a_scene(trained: Path, scene: Path) -> None:
     assert (folder / "scene.png").read_bytes().startswith(b"\x89PNG")
 
 
-def live_events(output: str) -> list[dict]:
-    return [json.loads(line) for line in output.splitlines()]
-
-
-def test_live_prints_events_as_they_begin_and_end(trained: Path, scene: Path) -> None:
-    """A process reads WAV from a pipe; the high tone is told before the rest of the recording is there."""
-    command = [sys.executable, "-m", "seqssm", "tag", "-", "--live", "--jsonl", "--threshold", "0.7"]
-    command += ["--checkpoint", checkpoint(trained), "--chunk-ms", "200", "--device", "cpu"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+def test_live_prints_events_as_they_begin_and_end(trained: Path, scene: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """WAV comes through a pipe; the high tone is told before the rest of the recording is there."""
+    (sound_in, sound_out), (text_in, text_out) = os.pipe(), os.pipe()
+    monkeypatch.setattr(sys, "stdin", os.fdopen(sound_in, "rb"))
+    monkeypatch.setattr(sys, "stdout", os.fdopen(text_out, "w"))
+    args = ["tag", "-", "--live", "--jsonl", "--threshold", "0.7", "--chunk-ms", "200", "--device", "cpu"]
+    codes: list[int] = []
+    listener = threading.Thread(
+        target=lambda: codes.append(main([*args, "--checkpoint", checkpoint(trained)])), daemon=True
+    )
+    listener.start()
     data = scene.read_bytes()
     half = 44 + 4 * 22050 * 5  # five seconds of 16-bit stereo
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
-    assert process.stdin is not None
-    assert process.stdout is not None
-    process.stdin.write(data[:half])
-    process.stdin.flush()
     changes: list[dict] = []
-    while not any(c["change"] == "end" and c["label"] == "high" for c in changes):
-        changes.append(json.loads(process.stdout.readline()))
-    begin = next(c for c in changes if c["change"] == "begin" and c["label"] == "high")
-    assert begin["time_s"] == pytest.approx(2.0, abs=0.35)
-    rest, _ = process.communicate(data[half:], timeout=60)
-    changes += live_events(rest.decode())
-    assert process.returncode == 0
+    with open(sound_out, "wb", buffering=0) as sound, open(text_in) as text:
+        writer = threading.Thread(target=sound.write, args=(data[:half],))
+        writer.start()
+        while not any(c["change"] == "end" and c["label"] == "high" for c in changes):
+            changes.append(json.loads(text.readline()))
+        writer.join()
+        begin = next(c for c in changes if c["change"] == "begin" and c["label"] == "high")
+        assert begin["time_s"] == pytest.approx(2.0, abs=0.35)
+        sound.write(data[half:])
+        sound.close()
+        listener.join(timeout=60)
+        assert codes == [0]
+        sys.stdout.close()
+        changes += [json.loads(line) for line in text]
     assert any(c["label"] == "low" and c["time_s"] == pytest.approx(6.5, abs=0.35) for c in changes)
 
 

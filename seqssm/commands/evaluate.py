@@ -27,13 +27,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--epochs", type=int, help="of an audio tagger's CNN baseline; default: as many as the model's")
     parser.add_argument("--device", default="auto", help="a Lightning accelerator: auto, cpu or cuda")
     parser.add_argument("--seed", type=int, default=0, help="of the baselines and the bootstrap (default: 0)")
+    probes = parser.add_argument_group("audio taggers, in place of the evaluation")
+    probes.add_argument(
+        "--lengths", help="accuracy against the length of what is heard, such as 1,2,5,10,30,60 seconds"
+    )
+    probes.add_argument("--needle", metavar="CLASS", help="hide a clip of this class in an hour of others, and find it")
+    probes.add_argument("--needle-s", type=float, default=3600.0, help="seconds of the whole (default: 3600)")
+    probes.add_argument("--needle-count", type=int, default=1, help="clips to hide, one after another (default: 1)")
+    probes.add_argument("--background", help="classes of the others, between commas; default: all others")
 
 
 def run(args: argparse.Namespace) -> None:
     loaded = read_checkpoint(args.checkpoint)
+    datamodule = build_datamodule(loaded, args.data, args.batch_size)
+    if args.lengths or args.needle:
+        from seqssm.commands.evaluate_tagging import probe
+
+        probe(loaded, args, datamodule)
+        return
     evaluate(
         args.checkpoint,
-        datamodule=build_datamodule(loaded, args.data, args.batch_size),
+        datamodule=datamodule,
         folder=args.output,
         split=args.split,
         baselines=not args.no_baselines,

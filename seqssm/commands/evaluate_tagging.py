@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,7 @@ def evaluate_tagging(
     classes = len(task.labels)
     train, validation = (Clips(datamodule, name, classes) for name in ("train", "val"))
     held_out = validation if split == "val" else Clips(datamodule, split, classes)
-    gpu = accelerator in ("cuda", "gpu") or (accelerator == "auto" and torch.cuda.is_available())
-    device = "cuda" if gpu else "cpu"
+    device = _device(accelerator)
     probabilities = _predict(task, held_out, device)
 
     fitted = {}
@@ -116,3 +116,35 @@ def _predict(task: AudioTagging, clips: Any, device: str) -> NDArray[np.float64]
             outputs.append(task.probabilities(logits.double()).cpu())
             advance(len(batch.lengths))
     return torch.cat(outputs).numpy()
+
+
+def _device(accelerator: str) -> str:
+    gpu = accelerator in ("cuda", "gpu") or (accelerator == "auto" and torch.cuda.is_available())
+    return "cuda" if gpu else "cpu"
+
+
+def probe(loaded: Loaded, args: argparse.Namespace, datamodule: Any) -> None:
+    """``--lengths`` and ``--needle`` of ``seqssm evaluate``: print a Markdown table each."""
+    from seqssm.tasks.tag_robustness import run_lengths, run_needle
+
+    task = build_task(loaded, AudioTagging, args.checkpoint).to(_device(args.device))
+    _check(task, datamodule, args.checkpoint)
+    if datamodule.settings.get("mix_clips"):
+        raise UserError("--lengths and --needle make scenes of single clips: give --data without mix_clips")
+    clips = datamodule.clips(args.split)
+    if args.lengths:
+        try:
+            lengths = [float(part) for part in args.lengths.split(",")]
+        except ValueError as error:
+            raise UserError(f"--lengths {args.lengths}: give seconds between commas, such as 1,5,30") from error
+        if min(lengths) < 0.1:
+            raise UserError("--lengths: a tenth of a second at least")
+        print(run_lengths(task, clips, lengths, args.seed))
+    if args.needle:
+        if args.needle not in task.labels:
+            raise UserError(f"--needle {args.needle}: the classes are {', '.join(task.labels)}")
+        background = args.background.split(",") if args.background else []
+        unknown = set(background) - set(task.labels)
+        if unknown:
+            raise UserError(f"--background {', '.join(sorted(unknown))}: the classes are {', '.join(task.labels)}")
+        print(run_needle(task, clips, args.needle, background, args.needle_s, args.needle_count, args.seed))
