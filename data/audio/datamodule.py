@@ -420,13 +420,18 @@ class AudioTaggingDataModule(LightningDataModule):
         return {**self.describe(), "counts": self.report.counts if self.report else {}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Raises UserError when the checkpoint was trained on other classes or features."""
-        for key, remedy in (("labels", "set classes"), ("features", "set features as there")):
-            if state_dict[key] != self.describe()[key]:
-                raise UserError(
-                    f"the checkpoint was trained with {key} {state_dict[key]}, the data have {self.describe()[key]}: "
-                    f"{remedy}, or use the data it was trained on"
-                )
+        """Take over the statistics of the features; raises UserError when the checkpoint was trained on other classes
+        or features."""
+        if state_dict["labels"] != self.labels:
+            raise UserError(
+                f"the checkpoint was trained on the classes {state_dict['labels']}, the data have {self.labels}: "
+                "set classes, or use the data it was trained on"
+            )
+        theirs = FeatureConfig(**state_dict["features"])
+        plain, ours = (replace(one, mean=None, std=None) for one in (theirs, self.settings["features"]))
+        if plain != ours:
+            raise UserError(f"the checkpoint was trained with features {theirs}, not {ours}: set features as there")
+        self._features = theirs
 
 
 class Collate:

@@ -44,7 +44,7 @@ class Sample(NamedTuple):
 
 @dataclass
 class SplitClips:
-    """The clips of one split: `numbers` (c,) in the store, `targets` (c,classes) float32 of zeros and ones.
+    """The clips of one split: `numbers` (c,) in the store, `targets` (c,classes) bool.
 
     `mixtures`: positions of the clips that make up each item where items are mixtures.
     """
@@ -63,9 +63,9 @@ class SplitClips:
         """Clips of the store by number."""
         position = {label: i for i, label in enumerate(labels)}
         clips = [store.clips[number] for number in numbers]
-        targets = np.zeros((len(clips), len(labels)), np.float32)
+        targets = np.zeros((len(clips), len(labels)), bool)
         for row, clip in zip(targets, clips, strict=True):
-            row[[position[label] for label in clip.labels]] = 1.0
+            row[[position[label] for label in clip.labels]] = True
         return cls(store, np.array(numbers, np.int64), clips, targets)
 
     def with_mixtures(self, counts: tuple[int, int], seed: int) -> SplitClips:
@@ -79,7 +79,7 @@ class SplitClips:
         for _ in range(int(rng.integers(*counts, endpoint=True)) - 1):
             for _ in range(MAX_DRAWS):
                 other = int(rng.integers(len(self)))
-                if not (self.targets[members].max(0) * self.targets[other]).any():
+                if not (self.targets[members].any(0) & self.targets[other]).any():
                     members.append(other)
                     break
         return tuple(members)
@@ -110,8 +110,8 @@ class OrderedClips(Dataset[Sample]):
         members = (index,) if split.mixtures is None else split.mixtures[index]
         samples = [split.store[int(split.numbers[i])] for i in members]
         mixed = samples[0] if split.mixtures is None else overlay(samples, np.random.default_rng([self.seed, index, 4]))
-        target = split.targets[list(members)].max(0)
-        return Sample(mixed, target if self.several else target.argmax(), None, members, (1.0,) * len(members))
+        target = _target(np.any(split.targets[list(members)], axis=0), self.several)
+        return Sample(mixed, target, None, members, (1.0,) * len(members))
 
 
 class TrainingClips(Dataset[Sample]):
@@ -157,8 +157,10 @@ class TrainingClips(Dataset[Sample]):
         self.mix_clips = mix_clips
         self.augment = augment
         self.noise = list(noise)
-        frequency = np.maximum(split.targets.sum(0), 1.0)
-        weight = (split.targets / frequency).sum(1) if balance else np.ones(len(split))
+        weight = np.ones(len(split))
+        if balance:
+            rarity = 1 / np.maximum(split.targets.sum(0), 1)
+            weight = np.array([rarity[row].sum() for row in split.targets])
         self._chance = weight / weight.sum() if weight.any() else np.full(len(split), 1 / len(split))
         self._order = lru_cache(maxsize=2)(self.draw)
 
@@ -196,18 +198,16 @@ class TrainingClips(Dataset[Sample]):
         if self.mix_clips is not None:
             members = self.split.draw_mixture(first, self.mix_clips, rng)
             samples = overlay([self._read(i, rng) for i in members], rng)
-            target, weights = self.split.targets[list(members)].max(0), (1.0,) * len(members)
+            shares, weights = np.any(self.split.targets[list(members)], axis=0), (1.0,) * len(members)
         elif augment is not None and rng.random() < augment.mixup:
             members = (first, int(rng.choice(len(self.split), p=self._chance)))
             share = float(rng.beta(augment.mixup_alpha, augment.mixup_alpha))
             samples = mix(self._read(members[0], rng), self._read(members[1], rng), share, rng)
             weights = (share, 1 - share)
-            target = (
-                np.float32(share) * self.split.targets[first] + np.float32(1 - share) * self.split.targets[members[1]]
-            )
+            shares = np.array(weights, np.float32) @ self.split.targets[list(members)]
         else:
             members, weights = (first,), (1.0,)
-            samples, target = self._read(first, rng), self.split.targets[first]
+            samples, shares = self._read(first, rng), self.split.targets[first]
         masks = None
         if augment is not None:
             samples = change_level(samples, augment, rng)
@@ -215,7 +215,7 @@ class TrainingClips(Dataset[Sample]):
                 noise = self.noise[int(rng.integers(len(self.noise)))] if self.noise else None
                 samples = add_noise(samples, noise, augment, rng)
             masks = draw_masks(augment, self.features, self.features.frames(len(samples)), rng)
-        return Sample(samples, target if self.several else target.argmax(), masks, members, weights)
+        return Sample(samples, _target(shares, self.several), masks, members, weights)
 
     def _read(self, position: int, rng: np.random.Generator) -> np.ndarray:
         store, number = self.split.store, int(self.split.numbers[position])
@@ -225,6 +225,10 @@ class TrainingClips(Dataset[Sample]):
         else:
             samples = store[number]
         return samples if self.augment is None else shift(samples, self.augment, store.sample_rate, rng)
+
+
+def _target(shares: np.ndarray, several: bool) -> np.ndarray:
+    return shares.astype(np.float32) if several else np.asarray(shares.argmax())
 
 
 def collate(samples: Sequence[Sample]) -> SampleBatch:

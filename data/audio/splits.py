@@ -53,6 +53,10 @@ def split_clips(clips: Sequence[Clip], plan: AudioSplitPlan, several: bool) -> t
         units = [clip.group if method == "group" else str(clip.path) for clip in clips]
         split = _divide(clips, units, check_fractions(plan.fractions), plan.seed, several)
         said = "sources at random, class by class" if method == "group" else "files at random, class by class"
+        if len(set(units)) == len(units):
+            said = (
+                "clips at random, class by class: each is a source of its own (else set group_column or group_pattern)"
+            )
     train = split == "train"
     if method in ("column", "fold") and plan.val_fraction and train.any() and not (split == "val").any():
         shares = {"train": 1 - plan.val_fraction, "val": plan.val_fraction}
@@ -118,22 +122,27 @@ def stratify(clips: Sequence[Clip], units: Sequence[str], shares: dict[str, floa
     counts: dict[str, Counter[str]] = {}  # clips of each class in each unit; "" counts all clips
     for clip, unit in zip(clips, units, strict=True):
         counts.setdefault(unit, Counter()).update([*clip.labels, ""])
-    rng = np.random.default_rng(seed)
     names = sorted(counts)
-    waiting = [names[i] for i in rng.permutation(len(names))]
-    total = sum(counts.values(), Counter[str]())
+    order = [names[i] for i in np.random.default_rng(seed).permutation(len(names))]
+    having: dict[str, list[str]] = {}
+    left = Counter[str]()
+    for unit in order:
+        left.update(counts[unit])
+        for label in counts[unit]:
+            having.setdefault(label, []).append(unit)
     splits = [name for name in (*SPLITS, DROP) if shares.get(name)]
-    wanted = {split: {label: shares[split] * total[label] for label in total} for split in splits}
+    wanted = {split: {label: shares[split] * left[label] for label in left} for split in splits}
     split_of: dict[str, str] = {}
-    while waiting:
-        left = sum((counts[unit] for unit in waiting), Counter[str]())
-        rarest = min((label for label in left if label), key=lambda label: (left[label], label), default="")
-        for unit in [unit for unit in waiting if counts[unit][rarest]]:
+    while left[""]:
+        rarest = min((label for label in left if label and left[label]), key=lambda one: (left[one], one), default="")
+        for unit in having[rarest]:
+            if unit in split_of:
+                continue
             split = max(splits, key=lambda name: (wanted[name][rarest], wanted[name][""]))
             split_of[unit] = split
+            left.subtract(counts[unit])
             for label, count in counts[unit].items():
                 wanted[split][label] -= count
-        waiting = [unit for unit in waiting if unit not in split_of]
     return np.array([split_of[unit] for unit in units], object)
 
 

@@ -101,11 +101,11 @@ class ClipStore:
         key = _key([*map(_identity, clips), VERSION, sample_rate])
         scans = self._open(key) if cache_gb > 0 else None
         if scans is None:
-            scans = _headers(clips, sample_rate)
+            scans = self._kept(f"{key}.headers", lambda: _headers(clips, sample_rate))
             if 4 * sum(scan.samples for scan in scans) <= cache_gb * 2**30:
                 scans = self._fill(key, clips)
             elif skip_bad:
-                scans = list(_decoded(clips, sample_rate, lambda samples: None))
+                scans = self._kept(f"{key}.decoded", lambda: list(_decoded(clips, sample_rate, lambda samples: None)))
         bad = [scan.error for scan in scans if scan.error]
         if bad and not skip_bad:
             more = f" ({len(bad)} such clips; skip_bad leaves them out)" if len(bad) > 1 else ""
@@ -151,6 +151,21 @@ class ClipStore:
     def seconds(self) -> np.ndarray:
         """Durations (clips,)."""
         return np.array([scan.samples for scan in self.scans]) / self.sample_rate
+
+    def _kept(self, name: str, make: Callable[[], list[Scan]]) -> list[Scan]:
+        """Scans from a file where it is there, else made and written where that is possible."""
+        path = self.cache_dir / f"{name}.json"
+        try:
+            return [Scan(**scan) for scan in json.loads(path.read_text())]
+        except (OSError, ValueError, TypeError):
+            scans = make()
+        try:
+            self.cache_dir.mkdir(parents=True, exist_ok=True)
+            with atomic_write(path) as file:
+                json.dump([asdict(scan) for scan in scans], file)
+        except (OSError, UserError):
+            pass  # made again next time
+        return scans
 
     def _open(self, key: str) -> list[Scan] | None:
         index, data = self.cache_dir / f"{key}.json", self.cache_dir / f"{key}.f32"
