@@ -248,8 +248,8 @@ def _measures(
     confusion = (counts @ weights.T).T.reshape(len(weights), n_classes, n_classes)
     measures = confusion_measures(confusion)
     # Of two classes, the second one's curve is that of the first one mirrored: one area says it all.
-    ranked = [1] if n_classes == 2 else range(n_classes)
-    areas = np.stack([weighted_auroc(probabilities[:, c], labels == c, unit, weights) for c in ranked], axis=1)
+    distinct = [1] if n_classes == 2 else range(n_classes)
+    areas = np.stack([weighted_auroc(probabilities[:, c], labels == c, unit, weights) for c in distinct], axis=1)
     measures["class_auroc"] = np.broadcast_to(areas, (len(weights), n_classes))
     measures["auroc"] = mean_defined(areas)
     if ranked:

@@ -128,6 +128,7 @@ def overview_figure(overview: Overview, labels: Sequence[str], title: str) -> Fi
         vmin=0,
         vmax=1,
         cmap="Greys",
+        interpolation="nearest",
     )
     row_of = {labels[c]: row for row, c in enumerate(order)}
     for event in overview.events:
