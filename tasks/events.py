@@ -92,8 +92,8 @@ class EventDetector:
         """Hear the next tokens, (t, c) probabilities; what began and ended, in the order in which it could be told."""
         changes: list[Change] = []
         table = np.asarray(probabilities, np.float64)
-        above: NDArray[np.bool_] = np.greater_equal(table, self.off)
-        quiet = ~above.any(axis=1)
+        above = table >= self.off
+        quiet: NDArray[np.bool_] = np.logical_not(above.any(axis=1))
         for t in range(len(table)):
             if quiet[t] and not self._busy:
                 self.position += 1
