@@ -6,14 +6,19 @@ from seqssm.data.dna import alphabet
 from seqssm.data.dna.sampling import DNABatch
 
 if TYPE_CHECKING:
+    from seqssm.data.audio.datamodule import AudioTaggingDataModule
     from seqssm.data.dna.datamodule import DNADataModule
     from seqssm.data.synthetic import SimulatedGenomes
 
-__all__ = ["DNABatch", "DNADataModule", "SimulatedGenomes", "alphabet"]
+__all__ = ["AudioTaggingDataModule", "DNABatch", "DNADataModule", "SimulatedGenomes", "alphabet"]
 
 
 def __getattr__(name: str) -> object:
     """Import Lightning only for those who ask for a DataModule."""
+    if name == "AudioTaggingDataModule":
+        from seqssm.data.audio.datamodule import AudioTaggingDataModule
+
+        return AudioTaggingDataModule
     if name == "DNADataModule":
         from seqssm.data.dna.datamodule import DNADataModule
 

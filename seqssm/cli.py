@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 # Each tool is a module of seqssm.commands with add_arguments(parser) and run(args); imported only when it is called.
 TOOLS = {
     "classify": "label the sequences of a FASTA file with a trained DNA classifier",
+    "tag": "say what is heard in audio files or a live stream, and when, with a trained tagger",
     "evaluate": "score a checkpoint on held-out data, with intervals, beside honest baselines",
     "bench": "time the kernels and models on this machine",
 }

@@ -133,7 +133,8 @@ class Task(pl.LightningModule):
     # ---- checkpoints -------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint[CHECKPOINT_KEY] = {**self.describe(), "data": self._describe_data(), "base_seed": self._base_seed}
+        about = {"data": self._describe_data(), "base_seed": self._base_seed, "epochs": self.trainer.max_epochs}
+        checkpoint[CHECKPOINT_KEY] = {**self.describe(), **about}
 
     def _describe_data(self) -> dict[str, Any]:
         datamodule = getattr(self.trainer, "datamodule", None)
@@ -205,13 +206,18 @@ def load_task(checkpoint: str | Path, expected: type[T]) -> T:
     return build_task(read_checkpoint(checkpoint), expected, str(checkpoint))
 
 
-def build_task(loaded: Loaded, expected: type[T], name: str) -> T:
-    """Turn what :func:`read_checkpoint` gave into a module in evaluation mode."""
+def task_class(loaded: Loaded, name: str) -> type[Task]:
+    """The class of the task that a checkpoint holds, which must be one of this program's."""
     path = loaded.description["task"]
     if not path.startswith("seqssm."):
         raise UserError(f"{name}: its task is {path}, which is not one of seqssm's; load it in Python, with its class")
     module, _, attribute = path.rpartition(".")
-    cls = getattr(importlib.import_module(module), attribute)
+    return getattr(importlib.import_module(module), attribute)
+
+
+def build_task(loaded: Loaded, expected: type[T], name: str) -> T:
+    """Turn what :func:`read_checkpoint` gave into a module in evaluation mode."""
+    cls = task_class(loaded, name)
     if not issubclass(cls, expected):
         raise UserError(f"{name} holds a {cls.__name__}; this command needs a {expected.__name__} checkpoint")
     task = cls.from_init_args(loaded.description["init_args"])

@@ -1,6 +1,7 @@
-"""Baselines that any DNA classifier has to beat, fitted on the windows it was trained on.
+"""What baselines of all tasks share, and those that any DNA classifier has to beat.
 
-Everything that is chosen (k, regularisation, epoch) is chosen by the log loss on the validation windows.
+They are fitted on the windows the model was trained on. Everything that is chosen (k, regularisation, epoch) is
+chosen by the log loss on the validation windows.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Generic, Protocol, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +27,18 @@ Progress = Callable[[float], None]
 
 MAX_FEATURES = 2**28
 """Numbers in a table of training features; with more windows than fit, an even selection of them is used."""
+
+
+class Labelled(Protocol):
+    """What baselines are fitted on: ``labels`` are (n,) class ids, or (n, c) zeros and ones."""
+
+    @property
+    def labels(self) -> NDArray[Any]: ...
+
+    def __len__(self) -> int: ...
+
+
+D = TypeVar("D", bound=Labelled)
 
 
 @dataclass(frozen=True)
@@ -63,8 +76,8 @@ class Windows:
         return np.array([len(sequence) for sequence in self.sequences], np.int64)
 
 
-class Baseline(ABC):
-    """A classifier of windows that is fitted once.
+class Baseline(ABC, Generic[D]):
+    """A classifier of windows, or clips, that is fitted once.
 
     Args:
         n_classes: columns of the probabilities, whether or not a class occurs in training.
@@ -79,11 +92,11 @@ class Baseline(ABC):
         self.settings: dict[str, Any] = {}  # what was chosen and seen in fitting, for the report
 
     @abstractmethod
-    def fit(self, train: Windows, validation: Windows, progress: Progress = lambda share: None) -> Self:
+    def fit(self, train: D, validation: D, progress: Progress = lambda share: None) -> Self:
         """Fit on the training windows, choose on the validation windows."""
 
     @abstractmethod
-    def predict_proba(self, windows: Windows) -> NDArray[np.float64]:
+    def predict_proba(self, windows: D) -> NDArray[np.float64]:
         """(n, c) probabilities."""
 
     def sample_weights(self, labels: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -93,29 +106,33 @@ class Baseline(ABC):
         counts = np.bincount(labels, minlength=self.n_classes)
         return len(labels) / (np.count_nonzero(counts) * counts[labels])
 
-    def log_loss(self, probabilities: NDArray[np.float64], labels: NDArray[np.int64]) -> float:
-        """Mean of -log p(true class), by the sample weights."""
+    def log_loss(self, probabilities: NDArray[np.float64], labels: NDArray[Any]) -> float:
+        """Mean of -log p(true class), by the sample weights; of (n, c) labels, the mean over clips and classes."""
+        if labels.ndim == 2:
+            right = np.where(labels > 0, probabilities, 1 - probabilities)
+            return float(-np.log(np.clip(right, 1e-12, 1)).mean())
         p = np.clip(probabilities[np.arange(len(labels)), labels], 1e-12, 1)
         return float(np.average(-np.log(p), weights=self.sample_weights(labels)))
 
 
-class Majority(Baseline):
+class Majority(Baseline[Labelled]):
     """The class shares of the training windows, whatever the sequence."""
 
     name = "majority"
 
-    def fit(self, train: Windows, validation: Windows, progress: Progress = lambda share: None) -> Self:
-        counts = np.bincount(train.labels, minlength=self.n_classes)
-        self.shares = counts / counts.sum()
+    def fit(self, train: Labelled, validation: Labelled, progress: Progress = lambda share: None) -> Self:
+        labels = train.labels
+        counts = labels.sum(0) if labels.ndim == 2 else np.bincount(labels, minlength=self.n_classes)
+        self.shares = counts / len(labels)
         self.settings = {"class": int(counts.argmax())}
         progress(1.0)
         return self
 
-    def predict_proba(self, windows: Windows) -> NDArray[np.float64]:
+    def predict_proba(self, windows: Labelled) -> NDArray[np.float64]:
         return np.tile(self.shares, (len(windows), 1))
 
 
-class CompositionRegression(Baseline):
+class CompositionRegression(Baseline[Windows]):
     """Logistic regression on standardised shares of k-mers, both strands as one.
 
     The L2 penalty is 1 / (2 C) of scikit-learn; C and the k-mers are chosen.
@@ -204,7 +221,7 @@ class CompositionRegression(Baseline):
 
 def default_baselines(
     n_classes: int, *, balance: bool = False, reverse_complement: bool = True, seed: int = 0, device: str = "cpu"
-) -> list[Baseline]:
+) -> list[Baseline[Any]]:
     """The baselines that stand beside every score, from the cheapest to the dearest.
 
     Args:
@@ -226,15 +243,14 @@ def default_baselines(
 
 @dataclass(frozen=True)
 class Fitted:
-    """A baseline's outcome: (n, c) probabilities of the test windows, and what was chosen."""
+    """A baseline's outcome: (n, c) probabilities of the test and the validation windows, and what was chosen."""
 
     probabilities: NDArray[np.float64]
+    validation: NDArray[np.float64]
     settings: dict[str, Any]
 
 
-def run_baselines(
-    baselines: Sequence[Baseline], train: Windows, validation: Windows, test: Windows
-) -> dict[str, Fitted]:
+def run_baselines(baselines: Sequence[Baseline[Any]], train: D, validation: D, test: D) -> dict[str, Fitted]:
     """Fit every baseline and predict the test windows, a progress bar for each.
 
     Raises:
@@ -257,6 +273,7 @@ def run_baselines(
 
             baseline.fit(train, validation, progress)
             probabilities = baseline.predict_proba(test)
+            held_out = probabilities if test is validation else baseline.predict_proba(validation)
         seconds = round(time.monotonic() - begin, 1)
-        fitted[baseline.name] = Fitted(probabilities, {**baseline.settings, "seconds": seconds})
+        fitted[baseline.name] = Fitted(probabilities, held_out, {**baseline.settings, "seconds": seconds})
     return fitted

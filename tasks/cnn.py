@@ -116,7 +116,7 @@ class ConvolutionalNetwork(nn.Module):
         return x.amax(2).float(), x.sum(2, dtype=torch.float32), count[:, None].float()
 
 
-class SmallCNN(Baseline):
+class SmallCNN(Baseline[Windows]):
     """``ConvolutionalNetwork`` trained from scratch: AdamW, one learning rate cycle, cross-entropy.
 
     The epoch with the lowest log loss on the validation windows is kept.

@@ -15,6 +15,8 @@ Array = NDArray[np.float64]
 
 METRICS = ("accuracy", "balanced_accuracy", "macro_f1", "mcc", "auroc")
 CLASS_METRICS = ("precision", "recall", "f1", "auroc")
+RANKED = ("map", "average_precision")
+"""The measure, and the one of each class, that ``score`` adds where it is asked for average precision."""
 
 MIN_CLUSTERS = 10
 """Fewer records than this say too little about the spread between records."""
@@ -44,6 +46,7 @@ class Resampler:
         resamples: how many to draw.
         confidence: of the intervals.
         seed: of the draws.
+        item: what a window is called.
     """
 
     def __init__(
@@ -54,8 +57,9 @@ class Resampler:
         resamples: int = 2000,
         confidence: float = 0.95,
         seed: int = 0,
+        item: str = "window",
     ) -> None:
-        self.resamples, self.confidence, self.seed = resamples, confidence, seed
+        self.resamples, self.confidence, self.seed, self.item = resamples, confidence, seed, item
         passed_over: list[str] = []
         if not clusters:
             raise ValueError("name at least one unit to resample")
@@ -85,7 +89,7 @@ class Resampler:
             stratum, cluster = cluster, np.arange(self.n_windows)
         resampled = f"{self.unit_name}s are resampled"
         if self.method == "window":
-            resampled = f"windows are resampled within their {self.unit_name}"
+            resampled = f"{item}s are resampled within their {self.unit_name}"
         few = " and ".join(passed_over)
         self.note = f"too few {few}: {resampled}, and the intervals leave out the spread between them" if few else ""
         self.unit: NDArray[np.int64] = cluster  # (n,) the column of the weights a window takes its weight from
@@ -122,7 +126,7 @@ class Resampler:
         """What was resampled, and how, as plain data."""
         return {
             "method": self.method,
-            "resampled": self.unit_name if self.method == "cluster" else "window",
+            "resampled": self.unit_name if self.method == "cluster" else self.item,
             "stratified_by": self.stratified_by,
             "interval": "percentile",
             "confidence": self.confidence,
@@ -139,19 +143,25 @@ class Scores:
     """One predictor's measures on a test set, each with its value under every resample.
 
     Attributes:
-        confusion: (c, c) windows, true class by predicted class.
+        confusion: (c, c) windows, true class by predicted class; None where a window may have several labels.
+        support: (c,) windows of each class.
+        predicted: (c,) windows said to be of it.
         values: measure -> value; per class, measure -> (c,) in ``class_values``. NaN where undefined.
         samples: measure -> (resamples,); (resamples, c) in ``class_samples``.
     """
 
-    confusion: NDArray[np.int64]
+    confusion: NDArray[np.int64] | None
+    support: NDArray[np.int64]
+    predicted: NDArray[np.int64]
     values: dict[str, float]
     samples: dict[str, Array]
     class_values: dict[str, Array]
     class_samples: dict[str, Array]
 
 
-def score(predictions: Mapping[str, ArrayLike], labels: ArrayLike, resampler: Resampler) -> dict[str, Scores]:
+def score(
+    predictions: Mapping[str, ArrayLike], labels: ArrayLike, resampler: Resampler, *, ranked: bool = False
+) -> dict[str, Scores]:
     """Score every predictor on the same windows and the same resamples.
 
     Measures follow scikit-learn: balanced accuracy is the mean recall of the classes that occur, macro-F1 the mean
@@ -163,6 +173,7 @@ def score(predictions: Mapping[str, ArrayLike], labels: ArrayLike, resampler: Re
         predictions: predictor -> (n, c) probabilities. In float64: rounding a softmax to float32 makes ties.
         labels: (n,) class indices.
         resampler: over the same n windows.
+        ranked: also give the average precision of each class against the rest, and its mean.
 
     Raises:
         ValueError: shapes disagree, a probability is not finite, or a label is not a class.
@@ -172,21 +183,26 @@ def score(predictions: Mapping[str, ArrayLike], labels: ArrayLike, resampler: Re
     blocks: dict[str, list[dict[str, Array]]] = {name: [] for name in tables}
     counts = {name: _unit_confusion(table, truth, resampler) for name, table in tables.items()}
     ones = np.ones((1, resampler.n_units))
-    points = {name: _measures(table, truth, resampler.unit, counts[name], ones) for name, table in tables.items()}
+    unit = resampler.unit
+    points = {name: _measures(table, truth, unit, counts[name], ones, ranked) for name, table in tables.items()}
     for weights in resampler.weights():
         for name, table in tables.items():
-            blocks[name].append(_measures(table, truth, resampler.unit, counts[name], weights))
+            blocks[name].append(_measures(table, truth, unit, counts[name], weights, ranked))
+    keys = (*METRICS, *RANKED[:1]) if ranked else METRICS
+    class_keys = (*CLASS_METRICS, *RANKED[1:]) if ranked else CLASS_METRICS
     scores = {}
     for name, table in tables.items():
         samples = {key: np.concatenate([block[key] for block in blocks[name]]) for key in points[name]}
         n_classes = table.shape[1]
-        confusion = np.asarray(counts[name].sum(axis=1)).reshape(n_classes, n_classes)
+        confusion = np.asarray(counts[name].sum(axis=1)).reshape(n_classes, n_classes).astype(np.int64)
         scores[name] = Scores(
-            confusion=confusion.astype(np.int64),
-            values={key: float(points[name][key][0]) for key in METRICS},
-            samples={key: samples[key] for key in METRICS},
-            class_values={key: points[name][f"class_{key}"][0] for key in CLASS_METRICS},
-            class_samples={key: samples[f"class_{key}"] for key in CLASS_METRICS},
+            confusion=confusion,
+            support=confusion.sum(axis=1),
+            predicted=confusion.sum(axis=0),
+            values={key: float(points[name][key][0]) for key in keys},
+            samples={key: samples[key] for key in keys},
+            class_values={key: points[name][f"class_{key}"][0] for key in class_keys},
+            class_samples={key: samples[f"class_{key}"] for key in class_keys},
         )
     return scores
 
@@ -218,19 +234,30 @@ def _unit_confusion(probabilities: Array, labels: NDArray[np.int64], resampler: 
 
 
 def _measures(
-    probabilities: Array, labels: NDArray[np.int64], unit: NDArray[np.int64], counts: Any, weights: Array
+    probabilities: Array,
+    labels: NDArray[np.int64],
+    unit: NDArray[np.int64],
+    counts: Any,
+    weights: Array,
+    ranked: bool,
 ) -> dict[str, Array]:
     """All measures under (r, units) weights: (r,), and (r, c) for the keys that start with ``class_``."""
-    from seqssm.tasks.ranking import weighted_auroc
+    from seqssm.tasks.ranking import weighted_auroc, weighted_average_precision
 
     n_classes = probabilities.shape[1]
     confusion = (counts @ weights.T).T.reshape(len(weights), n_classes, n_classes)
     measures = confusion_measures(confusion)
     # Of two classes, the second one's curve is that of the first one mirrored: one area says it all.
-    ranked = [1] if n_classes == 2 else range(n_classes)
-    areas = np.stack([weighted_auroc(probabilities[:, c], labels == c, unit, weights) for c in ranked], axis=1)
+    distinct = [1] if n_classes == 2 else range(n_classes)
+    areas = np.stack([weighted_auroc(probabilities[:, c], labels == c, unit, weights) for c in distinct], axis=1)
     measures["class_auroc"] = np.broadcast_to(areas, (len(weights), n_classes))
-    measures["auroc"] = _mean_defined(areas)
+    measures["auroc"] = mean_defined(areas)
+    if ranked:
+        columns = [
+            weighted_average_precision(probabilities[:, c], labels == c, unit, weights) for c in range(n_classes)
+        ]
+        measures["class_average_precision"] = np.stack(columns, axis=1)
+        measures["map"] = mean_defined(measures["class_average_precision"])
     return measures
 
 
@@ -248,26 +275,26 @@ def confusion_measures(confusion: Array) -> dict[str, Array]:
     confusion = confusion / confusion.sum(axis=(1, 2), keepdims=True)
     hits = np.diagonal(confusion, axis1=1, axis2=2)
     actual, predicted, correct = confusion.sum(axis=2), confusion.sum(axis=1), np.trace(confusion, axis1=1, axis2=2)
-    recall = _ratio(hits, actual, np.nan)
-    f1 = _ratio(2 * hits, actual + predicted, np.nan)
+    recall = ratio(hits, actual, np.nan)
+    f1 = ratio(2 * hits, actual + predicted, np.nan)
     # Rounded to zero when one class holds all the windows, or all the predictions.
     spread_actual = np.round(1 - (actual**2).sum(axis=1), 12)
     spread_predicted = np.round(1 - (predicted**2).sum(axis=1), 12)
     return {
         "accuracy": correct,
-        "balanced_accuracy": _mean_defined(recall),
-        "macro_f1": _mean_defined(f1),
-        "mcc": _ratio(correct - (actual * predicted).sum(axis=1), np.sqrt(spread_actual * spread_predicted), 0.0),
-        "class_precision": _ratio(hits, predicted, 0.0),
+        "balanced_accuracy": mean_defined(recall),
+        "macro_f1": mean_defined(f1),
+        "mcc": ratio(correct - (actual * predicted).sum(axis=1), np.sqrt(spread_actual * spread_predicted), 0.0),
+        "class_precision": ratio(hits, predicted, 0.0),
         "class_recall": recall,
         "class_f1": f1,
     }
 
 
-def _ratio(numerator: Array, denominator: Array, otherwise: float) -> Array:
+def ratio(numerator: Array, denominator: Array, otherwise: float) -> Array:
     return np.divide(numerator, denominator, out=np.full_like(numerator, otherwise), where=denominator > 0)
 
 
-def _mean_defined(values: Array) -> Array:
+def mean_defined(values: Array) -> Array:
     """Mean over the last axis of what is not NaN; NaN where nothing is."""
-    return _ratio(np.nansum(values, axis=-1), np.isfinite(values).sum(axis=-1).astype(float), np.nan)
+    return ratio(np.nansum(values, axis=-1), np.isfinite(values).sum(axis=-1).astype(float), np.nan)

@@ -1,7 +1,7 @@
 """Figures of results, drawn without a display and without pyplot's global state."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,13 +17,16 @@ MAX_CLASSES_WITH_COUNTS = 25
 """Beyond this many classes the cells are too small for figures, and only the shading is drawn."""
 
 
-def confusion_figure(counts: NDArray[np.integer], classes: Sequence[str], title: str = "") -> "Figure":
+def confusion_figure(
+    counts: NDArray[np.integer], classes: Sequence[str], title: str = "", item: str = "window"
+) -> "Figure":
     """Draw a confusion matrix: counts in the cells, shaded by the share of the row (the true class).
 
     Args:
         counts: (c, c) windows, true class by predicted class.
         classes: the c names.
         title: above the matrix; empty for accuracy and number of windows.
+        item: what a window is called.
     """
     from matplotlib.figure import Figure
 
@@ -38,7 +41,7 @@ def confusion_figure(counts: NDArray[np.integer], classes: Sequence[str], title:
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
-    axes.set_title(title or f"accuracy {np.trace(counts) / max(n_windows, 1):.3f}, {n_windows:,} windows", fontsize=11)
+    axes.set_title(title or f"accuracy {np.trace(counts) / max(n_windows, 1):.3f}, {n_windows:,} {item}s", fontsize=11)
     figure.colorbar(image, ax=axes, label="share of the true class", fraction=0.046, pad=0.03)
     size = float(np.clip(side * 55 / max(n_classes, 5) / 5, 4.0, 10.0))  # points
     names = [name if len(name) <= 24 else name[:23] + "…" for name in classes]
@@ -58,11 +61,15 @@ def confusion_figure(counts: NDArray[np.integer], classes: Sequence[str], title:
 
 
 def confusion_matrix_png(
-    counts: NDArray[np.integer], classes: Sequence[str], path: Path | str | None = None, title: str = ""
+    counts: NDArray[np.integer],
+    classes: Sequence[str],
+    path: Path | str | None = None,
+    title: str = "",
+    item: str = "window",
 ) -> bytes:
     """The figure of ``confusion_figure`` as the bytes of a PNG file, also written to ``path`` if there is one."""
     buffer = io.BytesIO()
-    confusion_figure(counts, classes, title).savefig(buffer, format="png")
+    confusion_figure(counts, classes, title, item).savefig(buffer, format="png")
     if path is not None:
         with atomic_write(path, "wb") as file:
             file.write(buffer.getvalue())
@@ -76,3 +83,52 @@ def confusion_image(counts: NDArray[np.integer], classes: Sequence[str], title: 
     canvas = FigureCanvasAgg(confusion_figure(counts, classes, title))
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+MAX_CURVES = 30
+
+
+def precision_recall_png(
+    predictions: Mapping[str, NDArray[np.floating]], targets: NDArray[np.integer], classes: Sequence[str]
+) -> bytes:
+    """Precision against recall of every predictor, a panel a class, as the bytes of a PNG file.
+
+    Args:
+        predictions: predictor -> (n, c) probabilities; the first one is drawn in front.
+        targets: (n, c) zeros and ones.
+        classes: the c names; those with the most clips are drawn, at most ``MAX_CURVES``.
+    """
+    from matplotlib.figure import Figure
+    from sklearn.metrics import average_precision_score, precision_recall_curve
+
+    targets = np.asarray(targets)
+    support = targets.sum(axis=0)
+    chosen = sorted(np.argsort(-support, kind="stable")[:MAX_CURVES])
+    chosen = [c for c in chosen if support[c]]
+    columns = min(5, max(1, len(chosen)))
+    rows = max(1, -(-len(chosen) // columns))
+    figure = Figure(figsize=(2.5 * columns, 2.2 * rows + 0.6), dpi=110, layout="constrained")
+    axes = np.atleast_1d(figure.subplots(rows, columns, sharex=True, sharey=True)).ravel()
+    colors = ["#d1495b", "#31688e", "#35b779", "#999999", "#b5a642"]
+    for panel, c in zip(axes, chosen, strict=False):
+        for number, (name, table) in reversed(list(enumerate(predictions.items()))):
+            precision, recall, _ = precision_recall_curve(targets[:, c], table[:, c])
+            front = number == 0
+            color = colors[number % len(colors)]
+            panel.step(recall, precision, where="post", color=color, lw=1.8 if front else 0.9, label=name)
+            if front:
+                average = average_precision_score(targets[:, c], table[:, c])
+        title = classes[c] if len(classes[c]) <= 24 else classes[c][:23] + "…"
+        panel.set_title(f"{title} ({support[c]}), AP {average:.2f}", fontsize=8)
+        panel.set_xlim(0, 1)
+        panel.set_ylim(0, 1.03)
+    for panel in axes[len(chosen) :]:
+        panel.set_axis_off()
+    if chosen:
+        handles, names = axes[0].get_legend_handles_labels()
+        figure.legend(handles[::-1], names[::-1], loc="outside upper center", ncols=len(names), fontsize=8)
+    figure.supxlabel("recall", fontsize=9)
+    figure.supylabel("precision", fontsize=9)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()

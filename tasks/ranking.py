@@ -52,3 +52,43 @@ def _weighted_auroc(
                 tied_negative = 0.0
         out[row] = area / (total * below) if total * below > 0.0 else np.nan
     return out
+
+
+def weighted_average_precision(
+    scores: NDArray[np.floating], positive: NDArray[np.bool_], unit: NDArray[np.int64], weights: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Average precision, once for each row of weights: precision summed over the steps of recall, ties one step.
+
+    Args:
+        scores, positive, unit, weights: as in ``weighted_auroc``.
+
+    Returns:
+        (r,) values; NaN where a row leaves the positives no weight.
+    """
+    order = np.argsort(-scores, kind="stable")
+    descending = scores[order]
+    ends_tie = np.append(descending[1:] != descending[:-1], True)[: len(order)]
+    return _weighted_average_precision(positive[order], unit[order], ends_tie, np.ascontiguousarray(weights))
+
+
+@numba.njit(nogil=True)
+def _weighted_average_precision(
+    positive: NDArray[np.bool_], unit: NDArray[np.int64], ends_tie: NDArray[np.bool_], weights: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    out = np.empty(weights.shape[0])
+    for row in range(weights.shape[0]):
+        area = 0.0
+        hits = 0.0
+        taken = 0.0
+        before = 0.0  # hits at the last step
+        for i in range(unit.shape[0]):
+            weight = weights[row, unit[i]]
+            taken += weight
+            if positive[i]:
+                hits += weight
+            if ends_tie[i]:
+                if taken > 0.0:
+                    area += (hits - before) * hits / taken
+                before = hits
+        out[row] = area / hits if hits > 0.0 else np.nan
+    return out

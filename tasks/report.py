@@ -13,7 +13,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from seqssm.errors import UserError
 from seqssm.files import atomic_write
-from seqssm.tasks.evaluation import CLASS_METRICS, METRICS, Resampler, Scores, score
+from seqssm.tasks.evaluation import Resampler, Scores, score
+from seqssm.tasks.multilabel import score_multilabel
 
 Report = dict[str, Any]
 
@@ -26,6 +27,10 @@ TITLES = {
     "precision": "precision",
     "recall": "recall",
     "f1": "F1",
+    "map": "mAP",
+    "mauc": "mAUC",
+    "d_prime": "d'",
+    "average_precision": "AP",
 }
 MODEL = "model"
 
@@ -44,12 +49,15 @@ def evaluate(
     resamples: int = 2000,
     confidence: float = 0.95,
     seed: int = 0,
+    ranked: bool = False,
+    thresholds: Mapping[str, ArrayLike] | None = None,
+    item: str = "window",
 ) -> Report:
     """Score a model and its baselines on the same windows.
 
     Args:
         probabilities: (n, c) of the model.
-        labels: (n,) class indices.
+        labels: (n,) class indices, or (n, c) zeros and ones where a window may have several labels.
         clusters: unit -> (n,) names, the units to resample, coarsest first; see ``Resampler``.
         classes: the c class names, by index.
         baselines: name -> (n, c) probabilities.
@@ -57,6 +65,9 @@ def evaluate(
         data: what the windows are, copied into the report.
         checkpoint, command: copied into the report.
         resamples, confidence, seed: of the bootstrap.
+        ranked: whether average precision stands beside the other measures (for several labels it always does).
+        thresholds: predictor -> (c,) probabilities from which a class is said to be present; for several labels.
+        item: what a window is called.
 
     Returns:
         JSON-ready data; an undefined number is None. Every measure is ``{"value", "low", "high", "n"}``, n the number
@@ -66,19 +77,28 @@ def evaluate(
     if MODEL in baselines:
         raise ValueError(f"no baseline can be called {MODEL!r}")
     truth = np.asarray(labels, np.int64)
-    resampler = Resampler(clusters, truth, resamples=resamples, confidence=confidence, seed=seed)
-    scores = score({MODEL: probabilities, **baselines}, truth, resampler)
+    several = truth.ndim == 2
+    resampler = Resampler(
+        clusters, None if several else truth, resamples=resamples, confidence=confidence, seed=seed, item=item
+    )
+    predictions = {MODEL: probabilities, **baselines}
+    if several:
+        scores = score_multilabel(predictions, truth, thresholds or {}, resampler)
+    else:
+        scores = score(predictions, truth, resampler, ranked=ranked)
     model = scores[MODEL]
-    if len(classes) != len(model.confusion):
-        raise ValueError(f"{len(classes)} class names for {len(model.confusion)} columns of probabilities")
+    if len(classes) != len(model.support):
+        raise ValueError(f"{len(classes)} class names for {len(model.support)} columns of probabilities")
+    confusion = None if model.confusion is None else {"classes": list(classes), "counts": model.confusion.tolist()}
     return {
         "metrics": _metrics(model, resampler),
         "per_class": _per_class(model, classes, resampler),
-        "confusion": {"classes": list(classes), "counts": model.confusion.tolist()},
+        "confusion": confusion,
         "baselines": {name: _metrics(scores[name], resampler) for name in baselines},
         "differences": {name: _differences(model, scores[name], resampler) for name in baselines},
         "baseline_settings": {name: dict(settings) for name, settings in (baseline_settings or {}).items()},
         "data": dict(data or {}),
+        "item": item,
         "checkpoint": checkpoint,
         "command": command,
         "bootstrap": resampler.describe(),
@@ -98,7 +118,7 @@ def _number(value: float) -> float | None:
 
 def _metrics(scores: Scores, resampler: Resampler) -> dict[str, Any]:
     n = resampler.n_windows
-    return {key: _measure(scores.values[key], scores.samples[key], n, resampler) for key in METRICS}
+    return {key: _measure(value, scores.samples[key], n, resampler) for key, value in scores.values.items()}
 
 
 def _differences(model: Scores, baseline: Scores, resampler: Resampler) -> dict[str, Any]:
@@ -109,38 +129,37 @@ def _differences(model: Scores, baseline: Scores, resampler: Resampler) -> dict[
             resampler.n_windows,
             resampler,
         )
-        for key in METRICS
+        for key in model.values
     }
 
 
 def _per_class(scores: Scores, classes: Sequence[str], resampler: Resampler) -> dict[str, Any]:
     table: dict[str, Any] = {}
     for i, name in enumerate(classes):
-        support = int(scores.confusion[i].sum())
+        support = int(scores.support[i])
         measures = {
-            key: _measure(scores.class_values[key][i], scores.class_samples[key][:, i], support, resampler)
-            for key in CLASS_METRICS
+            key: _measure(values[i], scores.class_samples[key][:, i], support, resampler)
+            for key, values in scores.class_values.items()
         }
-        table[name] = {"support": support, "predicted": int(scores.confusion[:, i].sum()), **measures}
+        table[name] = {"support": support, "predicted": int(scores.predicted[i]), **measures}
     return table
 
 
 def _notes(scores: Scores, resampler: Resampler) -> list[str]:
     notes = [resampler.note] if resampler.note else []
-    if scores.values["accuracy"] in (0.0, 1.0):
+    accuracy, item = scores.values.get("accuracy"), resampler.item
+    if accuracy in (0.0, 1.0):
         # Resampling cannot draw an error that was not seen; the exact binomial bound (Clopper and Pearson) can.
         units = resampler.n_units
         bound = ((1 - resampler.confidence) / 2) ** (1 / units)
-        right, limit = (
-            ("right", f"at least {bound:.3f}") if scores.values["accuracy"] else ("wrong", f"at most {1 - bound:.3f}")
-        )
+        right, limit = ("right", f"at least {bound:.3f}") if accuracy else ("wrong", f"at most {1 - bound:.3f}")
         notes.append(
-            f"every window is {right}, which leaves the resamples no spread; from {units} resampled units, the exact "
+            f"every {item} is {right}, which leaves the resamples no spread; from {units} resampled units, the exact "
             f"binomial bound of the accuracy is {limit}"
         )
-    missing = int((scores.confusion.sum(axis=1) == 0).sum())
+    missing = int((scores.support == 0).sum())
     if missing:
-        notes.append(f"{missing} of {len(scores.confusion)} classes have no window here and are left out of the means")
+        notes.append(f"{missing} of {len(scores.support)} classes have no {item} here and are left out of the means")
     return notes
 
 
@@ -162,23 +181,23 @@ def to_markdown(report: Report) -> str:
         "# Evaluation",
         _table(
             ["measure", *predictors],
-            [[TITLES[key], *(_cell(table[key]) for table in predictors.values())] for key in METRICS],
+            [[TITLES[key], *(_cell(table[key]) for table in predictors.values())] for key in report["metrics"]],
         ),
     ]
     if baselines:
         rows = [
             [TITLES[key], *(_cell(table[key], signed=True) for table in report["differences"].values())]
-            for key in METRICS
+            for key in report["metrics"]
         ]
         sections += ["## Model minus baseline, on the same resamples", _table(["measure", *baselines], rows)]
-    rows = [
-        [name, str(row["support"]), *(_cell(row[key]) for key in CLASS_METRICS)]
-        for name, row in report["per_class"].items()
-    ]
-    sections += ["## By class", _table(["class", "windows", *(TITLES[key] for key in CLASS_METRICS)], rows)]
-    classes, counts = report["confusion"]["classes"], report["confusion"]["counts"]
-    rows = [[name, *map(str, row)] for name, row in zip(classes, counts, strict=True)]
-    sections += ["## Confusion (row: true, column: predicted)", _table(["", *classes], rows)]
+    table = report["per_class"]
+    keys = [key for key in next(iter(table.values())) if key in TITLES]
+    rows = [[name, str(row["support"]), *(_cell(row[key]) for key in keys)] for name, row in table.items()]
+    sections += ["## By class", _table(["class", f"{report['item']}s", *(TITLES[key] for key in keys)], rows)]
+    if report["confusion"] is not None:
+        classes, counts = report["confusion"]["classes"], report["confusion"]["counts"]
+        rows = [[name, *map(str, row)] for name, row in zip(classes, counts, strict=True)]
+        sections += ["## Confusion (row: true, column: predicted)", _table(["", *classes], rows)]
     sections += ["## How", "\n".join(f"- {line}" for line in _facts(report))]
     return "\n\n".join(sections) + "\n"
 
@@ -189,7 +208,7 @@ def _facts(report: Report) -> list[str]:
     facts = [
         f"[low, high] is the {100 * bootstrap['confidence']:g}% percentile interval of {bootstrap['resamples']} "
         f"bootstrap resamples of {bootstrap['resampled']}s{within} (seed {bootstrap['seed']}); "
-        f"{bootstrap['windows']} windows in all",
+        f"{bootstrap['windows']} {report['item']}s in all",
         *report["notes"],
     ]
     facts += [f"{key}: {_plain(value)}" for key in ("checkpoint", "command") if (value := report[key])]
@@ -226,8 +245,13 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in (lines[0], rule, *lines[1:]))
 
 
-def save(report: Report, folder: Path | str) -> list[Path]:
+def save(report: Report, folder: Path | str, figures: Mapping[str, bytes] | None = None) -> list[Path]:
     """Write ``metrics.json``, ``evaluation.md`` and ``confusion.png`` into a folder, each whole or not at all.
+
+    Args:
+        report: of :func:`evaluate`.
+        folder: made if it is not there.
+        figures: further files by name.
 
     Raises:
         UserError: the folder cannot be made or written.
@@ -239,8 +263,11 @@ def save(report: Report, folder: Path | str) -> list[Path]:
     files = {
         "metrics.json": (json.dumps(report, indent=2, allow_nan=False) + "\n").encode(),
         "evaluation.md": to_markdown(report).encode(),
-        "confusion.png": confusion_matrix_png(np.asarray(confusion["counts"]), confusion["classes"]),
     }
+    if confusion is not None:
+        counts = np.asarray(confusion["counts"])
+        files["confusion.png"] = confusion_matrix_png(counts, confusion["classes"], item=report["item"])
+    files |= figures or {}
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

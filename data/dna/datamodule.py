@@ -12,15 +12,13 @@ from seqssm.data.dna.division import Division, WindowPlan
 from seqssm.data.dna.library import Library, Regions
 from seqssm.data.dna.report import Report
 from seqssm.data.dna.sampling import (
-    EpochSampler,
-    ResumableLoader,
-    ShardSampler,
     TrainingDataset,
     WindowDataset,
     collate,
 )
 from seqssm.data.dna.sources import Layout, Listing, list_sources
 from seqssm.data.dna.splits import SplitPlan
+from seqssm.data.loading import EpochSampler, ResumableLoader, ShardSampler
 from seqssm.errors import UserError
 
 

@@ -7,8 +7,9 @@ import numpy as np
 from seqssm.data.dna.library import Library, Regions
 from seqssm.data.dna.report import Report, overlapping, shared_kmers, shared_sequences
 from seqssm.data.dna.sampling import Windows, grid_windows, within_n_cap
-from seqssm.data.dna.sources import SPLITS, Layout
-from seqssm.data.dna.splits import DROP, SplitPlan, split_regions
+from seqssm.data.dna.sources import Layout
+from seqssm.data.dna.splits import SplitPlan, split_regions
+from seqssm.data.splitting import DROP, SPLITS
 from seqssm.errors import UserError
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from seqssm.data.dna.alphabet import COMPLEMENT, N
 from seqssm.data.dna.library import Library
 from seqssm.data.dna.sampling import Windows
-from seqssm.data.dna.sources import SPLITS
+from seqssm.data.splitting import SPLITS
 
 KMER_BP = 31
 PREFIX_BP = 8

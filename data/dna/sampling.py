@@ -1,16 +1,17 @@
 """Windows over regions: a fixed grid, or seeded random draws that depend on (seed, epoch, index) alone."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import Dataset
 
 from seqssm.data.dna.alphabet import PAD, reverse_complement
 from seqssm.data.dna.library import Library
+from seqssm.data.loading import shuffled_rounds
 from seqssm.errors import UserError
 
 MAX_DRAWS = 200
@@ -182,15 +183,8 @@ class TrainingDataset(Dataset[Sample]):
         chosen = np.empty(self.windows_per_epoch, np.int64)
         for number, pool in enumerate(pools):
             items = np.flatnonzero(pool_of_item == number)
-            chosen[items] = self._shuffled_rounds(number, pool, epoch * len(items), len(items))
+            chosen[items] = shuffled_rounds(pool, epoch * len(items), len(items), (self.seed, number))
         return chosen
-
-    def _shuffled_rounds(self, number: int, pool: np.ndarray, first: int, count: int) -> np.ndarray:
-        """Items first to first + count of the endless sequence of the pool's permutations."""
-        rounds = range(first // len(pool), (first + count - 1) // len(pool) + 1)
-        order = [pool[np.random.default_rng([self.seed, number, r, 1]).permutation(len(pool))] for r in rounds]
-        skip = first - rounds.start * len(pool)
-        return np.concatenate(order)[skip : skip + count]
 
     def _draw_starts(self, rng: np.random.Generator) -> Windows:
         assert self.window_bp is not None
@@ -235,68 +229,3 @@ def collate(samples: Sequence[Sample]) -> DNABatch:
     if flip.any():
         batch[flip] = reverse_complement(batch[flip], lengths[flip])
     return DNABatch(batch, lengths, torch.tensor([sample.label for sample in samples]))
-
-
-class EpochSampler(DistributedSampler[int]):
-    """Items epoch * n to (epoch + 1) * n - 1, every `num_replicas`-th of them, from a batch onwards when resumed.
-
-    A DistributedSampler, so that Lightning leaves it alone and tells it the epoch.
-    """
-
-    def __init__(self, dataset: TrainingDataset, batch_size: int, num_replicas: int = 1, rank: int = 0) -> None:
-        super().__init__(dataset, num_replicas=num_replicas, rank=rank)
-        self.batch_size = batch_size
-        self.first_batch = 0
-        share = len(dataset) // num_replicas
-        # whole batches only, and as many for every rank, unless the epoch is smaller than one
-        self.per_rank = share - share % batch_size if share >= batch_size else share
-
-    def set_epoch(self, epoch: int) -> None:
-        """Begin at the epoch's first batch, unless the epoch is the one to be resumed."""
-        if epoch != self.epoch:
-            self.epoch, self.first_batch = epoch, 0
-
-    def __len__(self) -> int:
-        return self.per_rank
-
-    def __iter__(self) -> Iterator[int]:
-        first = self.epoch * len(self.dataset)  # type: ignore[arg-type]
-        items = range(first + self.rank, first + self.per_rank * self.num_replicas, self.num_replicas)
-        yield from items[self.first_batch * self.batch_size :]
-
-
-class ResumableLoader(DataLoader):
-    """A training loader that a Lightning checkpoint remembers to the batch, also in the middle of an epoch."""
-
-    sampler: EpochSampler
-    _batches = 0
-
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        # a generator, so that workers start after Lightning has set the epoch, not before
-        self._batches = self.sampler.first_batch
-        for batch in super().__iter__():
-            self._batches += 1
-            yield batch
-
-    def state_dict(self) -> dict[str, int]:
-        """The epoch and how many of its batches have been given out."""
-        return {"epoch": self.sampler.epoch, "batches": self._batches}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue behind the last batch given out."""
-        finished = state["batches"] >= len(self)
-        self.sampler.epoch = state["epoch"] + finished
-        self.sampler.first_batch = 0 if finished else state["batches"]
-
-
-class ShardSampler(DistributedSampler[int]):
-    """Every `num_replicas`-th item in order, none twice: the scores of a split are over its windows, each once."""
-
-    def __init__(self, dataset: Dataset, num_replicas: int = 1, rank: int = 0) -> None:
-        super().__init__(dataset, num_replicas=num_replicas, rank=rank, shuffle=False)
-
-    def __len__(self) -> int:
-        return len(range(self.rank, len(self.dataset), self.num_replicas))  # type: ignore[arg-type]
-
-    def __iter__(self) -> Iterator[int]:
-        yield from range(self.rank, len(self.dataset), self.num_replicas)  # type: ignore[arg-type]

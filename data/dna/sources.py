@@ -37,23 +37,10 @@ from seqssm.data.dna.reading import (
     suffix_of,
 )
 from seqssm.data.progress import progress_bar
+from seqssm.data.splitting import SPLIT_NAMES, split_name
 from seqssm.errors import UserError
 
-SPLITS = ("train", "val", "test")
-SPLIT_NAMES = {
-    **{name: name for name in (*SPLITS, "drop")},
-    **dict.fromkeys(("dev", "valid", "validate", "validation"), "val"),
-    **dict.fromkeys(("training",), "train"),
-    **dict.fromkeys(("testing",), "test"),
-}
 SEQUENCE_SUFFIXES = (*FASTA_SUFFIXES, *BIOPYTHON_FORMATS)
-
-
-def split_name(name: str, where: str) -> str:
-    """`train`, `val`, `test` or `drop` for a name or its usual synonyms; raises UserError for any other."""
-    if name.lower() not in SPLIT_NAMES:
-        raise UserError(f"{where}: unknown split {name!r}: use train, val, test or drop")
-    return SPLIT_NAMES[name.lower()]
 
 
 @dataclass(frozen=True)

@@ -2,17 +2,14 @@
 
 import itertools
 import re
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from seqssm.data.dna.library import Library, Regions
-from seqssm.data.dna.sources import SPLITS, split_name
+from seqssm.data.splitting import SPLITS, check_fractions, divide_groups, split_name
 from seqssm.errors import UserError
-
-DROP = "drop"
 
 
 @dataclass(frozen=True)
@@ -50,11 +47,11 @@ def split_regions(library: Library, regions: Regions, plan: SplitPlan, label_col
         split = _by_column(regions, plan.column)
     else:
         groups = regions.column(plan.group, "split_group") if plan.group not in (None, "record") else records
-        return regions, _by_group(groups, labels, _fractions(plan.fractions), plan.seed)
+        return regions, divide_groups(groups, labels, check_fractions(plan.fractions), plan.seed)
     if plan.val_fraction and not (split == "val").any():
         train = split == "train"
         shares = {"train": 1 - plan.val_fraction, "val": plan.val_fraction}
-        split[train] = _by_group(records[train], labels[train], shares, plan.seed)
+        split[train] = divide_groups(records[train], labels[train], shares, plan.seed)
     return regions, split
 
 
@@ -88,46 +85,6 @@ def _matches(values: np.ndarray, pattern: str, where: str) -> np.ndarray:
         raise UserError(f"{where}: {pattern!r} is not a regular expression: {error}") from error
     matching = {value for value in set(values) if match(value)}
     return np.array([value in matching for value in values], bool)
-
-
-def _fractions(fractions: dict[str, float]) -> dict[str, float]:
-    shares = {split_name(name, "split_fractions"): share for name, share in fractions.items()}
-    if any(share < 0 for share in shares.values()) or abs(sum(shares.values()) - 1) > 1e-6:
-        raise UserError(f"split_fractions {fractions} must be positive and sum to 1")
-    return shares
-
-
-def _by_group(groups: np.ndarray, labels: np.ndarray, shares: dict[str, float], seed: int) -> np.ndarray:
-    """Divide groups at random, each class (or mixture of classes) by itself; every share gets at least one group of
-    each class where there are enough of them."""
-    label_sets: dict[str, set[str]] = {}
-    for group, label in zip(groups, labels, strict=True):
-        label_sets.setdefault(group, set()).add(label)
-    strata: dict[tuple[str, ...], list[str]] = {}
-    for group in sorted(label_sets):
-        strata.setdefault(tuple(sorted(label_sets[group])), []).append(group)
-    split_of: dict[str, str] = {}
-    names = [name for name in (*SPLITS, DROP) if shares.get(name)]
-    for stratum, members in strata.items():
-        rng = np.random.default_rng([seed, zlib.crc32("\0".join(stratum).encode())])
-        order = [members[i] for i in rng.permutation(len(members))]
-        counts = _apportion(len(members), [shares[name] for name in names])
-        for name, count in zip(names, counts, strict=True):
-            split_of.update(dict.fromkeys(order[:count], name))
-            order = order[count:]
-    return np.array([split_of[group] for group in groups], dtype=object)
-
-
-def _apportion(total: int, shares: list[float]) -> list[int]:
-    """Whole numbers near total * shares that sum to total, none zero where that is possible (train comes first)."""
-    counts = [int(total * share) for share in shares]
-    for _ in range(total - sum(counts)):
-        counts[int(np.argmax([total * s - c for s, c in zip(shares, counts, strict=True)]))] += 1
-    for i in range(len(counts)):
-        if counts[i] == 0 and max(counts) > 1:
-            counts[int(np.argmax(counts))] -= 1
-            counts[i] = 1
-    return counts
 
 
 def _by_position(regions: Regions, plan: SplitPlan) -> tuple[Regions, np.ndarray]:

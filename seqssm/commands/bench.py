@@ -15,6 +15,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from seqssm.benchmarks import main
+    from seqssm.benchmarks import CASES
+    from seqssm.kernels.bench import main
+    from seqssm.tasks.benchmarks import TaggingCase
 
-    main(args.cases or None, args.json, seconds=args.seconds, peers=not args.no_peers, memory=not args.no_memory)
+    options = {"seconds": args.seconds, "peers": not args.no_peers, "memory": not args.no_memory}
+    main(args.cases or None, args.json, families=(*CASES, TaggingCase), **options)

@@ -1,4 +1,4 @@
-"""Score a checkpoint on held-out data, with bootstrap intervals, beside baselines fitted on the same windows."""
+"""Score a checkpoint on held-out data, with bootstrap intervals, beside baselines fitted on the same examples."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import lightning.pytorch as pl
 import torch
 
 from seqssm.errors import UserError
-from seqssm.tasks.base import Loaded, build_task, read_checkpoint
+from seqssm.tasks.base import Loaded, build_task, read_checkpoint, task_class
 from seqssm.tasks.dna import DNAClassification
+from seqssm.tasks.tagging import AudioTagging
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,24 +21,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data", help="a YAML config whose `data` section to use; default: the data the checkpoint was trained with"
     )
     parser.add_argument("--split", choices=("test", "val"), default="test", help="default: %(default)s")
-    parser.add_argument("--output", "-o", type=Path, help="folder for metrics.json, evaluation.md and confusion.png")
+    parser.add_argument("--output", "-o", type=Path, help="folder for metrics.json, evaluation.md and figures")
     parser.add_argument("--no-baselines", action="store_true", help="leave the baselines out (they are fitted anew)")
-    parser.add_argument("--batch-size", type=int, help="windows a forward pass; default: as trained")
+    parser.add_argument("--batch-size", type=int, help="windows or clips a forward pass; default: as trained")
+    parser.add_argument("--epochs", type=int, help="of an audio tagger's CNN baseline; default: as many as the model's")
     parser.add_argument("--device", default="auto", help="a Lightning accelerator: auto, cpu or cuda")
     parser.add_argument("--seed", type=int, default=0, help="of the baselines and the bootstrap (default: 0)")
+    probes = parser.add_argument_group("audio taggers, in place of the evaluation")
+    probes.add_argument(
+        "--lengths", help="accuracy against the length of what is heard, such as 1,2,5,10,30,60 seconds"
+    )
+    probes.add_argument("--needle", metavar="CLASS", help="hide a clip of this class in an hour of others, and find it")
+    probes.add_argument("--needle-s", type=float, default=3600.0, help="seconds of the whole (default: 3600)")
+    probes.add_argument("--needle-count", type=int, default=1, help="clips to hide, one after another (default: 1)")
+    probes.add_argument("--background", help="classes of the others, between commas; default: all others")
 
 
 def run(args: argparse.Namespace) -> None:
     loaded = read_checkpoint(args.checkpoint)
+    datamodule = build_datamodule(loaded, args.data, args.batch_size)
+    if args.lengths or args.needle:
+        from seqssm.commands.evaluate_tagging import probe
+
+        probe(loaded, args, datamodule)
+        return
     evaluate(
         args.checkpoint,
-        datamodule=build_datamodule(loaded, args.data, args.batch_size),
+        datamodule=datamodule,
         folder=args.output,
         split=args.split,
         baselines=not args.no_baselines,
         accelerator=args.device,
         seed=args.seed,
         command=args.command_line,
+        epochs=args.epochs,
     )
 
 
@@ -45,7 +62,8 @@ def build_datamodule(loaded: Loaded, config: str | None, batch_size: int | None)
     """The DataModule a checkpoint names, or the one of a config's ``data`` section."""
     from jsonargparse import ArgumentError, ArgumentParser
 
-    import seqssm.data.synthetic  # noqa: F401 - makes the short class names known to the parser
+    import seqssm.data.audio.datamodule  # makes the short class names known to the parser
+    import seqssm.data.synthetic  # noqa: F401
     from seqssm.cli import find_config
 
     if config is not None:
@@ -58,8 +76,11 @@ def build_datamodule(loaded: Loaded, config: str | None, batch_size: int | None)
         section = loaded.data
     else:
         raise UserError("the checkpoint does not say what data it was trained with; give --data CONFIG.yaml")
-    if batch_size is not None:
-        section = {**section, "init_args": {**section.get("init_args", {}), "batch_size": batch_size}}
+    changes: dict[str, Any] = {} if batch_size is None else {"batch_size": batch_size}
+    if "features" in loaded.description["init_args"]:
+        # Statistics included: what the model was trained on, not what other data would give.
+        changes["features"] = loaded.description["init_args"]["features"]
+    section = {**section, "init_args": {**section.get("init_args", {}), **changes}}
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(pl.LightningDataModule, "data")
     try:
@@ -78,23 +99,40 @@ def evaluate(
     accelerator: str = "auto",
     seed: int = 0,
     command: str = "",
+    epochs: int | None = None,
 ) -> dict[str, Any]:
-    """Predict a split, fit the baselines on the same training windows, print the table and write the report.
+    """Predict a split, fit the baselines on the same training examples, print the table and write the report.
 
     Args:
-        checkpoint: a Lightning ``.ckpt`` or a folder in hub format, of a :class:`DNAClassification`.
-        datamodule: gives the windows of every split.
-        folder: where ``metrics.json``, ``evaluation.md`` and ``confusion.png`` go; None writes nothing.
+        checkpoint: a Lightning ``.ckpt`` or a folder in hub format, of a :class:`DNAClassification` or an
+            :class:`AudioTagging`.
+        datamodule: gives the examples of every split.
+        folder: where ``metrics.json``, ``evaluation.md`` and the figures go; None writes nothing.
         split: ``test`` or ``val``.
         baselines: whether to fit and score them.
         accelerator: as Lightning names it.
         seed: of the baselines and the bootstrap.
         command: what the user typed, for the report.
+        epochs: of an audio tagger's CNN baseline; None for as many as the model's.
     """
+    from seqssm.commands.evaluate_tagging import evaluate_tagging
     from seqssm.tasks import report as reports
     from seqssm.tasks.baselines import Windows, default_baselines, run_baselines
 
     loaded = read_checkpoint(checkpoint)
+    if issubclass(task_class(loaded, checkpoint), AudioTagging):
+        return evaluate_tagging(
+            loaded,
+            checkpoint,
+            datamodule=datamodule,
+            folder=folder,
+            split=split,
+            baselines=baselines,
+            accelerator=accelerator,
+            seed=seed,
+            command=command,
+            epochs=epochs,
+        )
     task = build_task(loaded, DNAClassification, checkpoint)
     datamodule.prepare_data()
     datamodule.setup("fit")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import shlex
 from pathlib import Path
 from typing import Any
@@ -9,12 +11,16 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
-import seqssm.data.synthetic  # imports every DataModule: the parser knows short names of imported classes
-import seqssm.tasks.dna  # noqa: F401 - the same for tasks
+import seqssm.data.audio.datamodule  # imports every DataModule: the parser knows short names of imported classes
+import seqssm.data.synthetic
+import seqssm.tasks.dna  # the same for tasks
+import seqssm.tasks.tagging  # noqa: F401
 from seqssm.errors import UserError
 from seqssm.tasks.base import Task, read_checkpoint
 
 COMMANDS = ("fit", "validate", "test", "predict")
+FROM_DATA = ("labels", "multi_label", "features")
+"""Arguments of a model that are the data's to say; those that a task does not take are left out."""
 
 
 class TaskCLI(LightningCLI):
@@ -40,7 +46,9 @@ class TaskCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         # The classes are the data's to name; in the model's arguments they travel with the weights.
-        parser.link_arguments("data", "model.init_args.labels", compute_fn=_labels, apply_on="instantiate")
+        for name in FROM_DATA:
+            value = functools.partial(_attribute, name)
+            parser.link_arguments("data", f"model.init_args.{name}", compute_fn=value, apply_on="instantiate")
         parser.add_argument(
             "--evaluate",
             type=bool,
@@ -61,7 +69,7 @@ class TaskCLI(LightningCLI):
             model["init_args"].as_dict() if hasattr(model["init_args"], "as_dict") else dict(model["init_args"])
         )
         for key, value in stored["init_args"].items():
-            if key in configured and key != "labels" and configured[key] != value:
+            if key in configured and key not in (*FROM_DATA, "thresholds") and configured[key] != value:
                 raise UserError(
                     f"--ckpt_path {path} was trained with model.{key} = {value}, the config says {configured[key]}; "
                     "make them agree to resume, or start from its weights with --model.init_args.init_from"
@@ -84,5 +92,6 @@ class TaskCLI(LightningCLI):
         )
 
 
-def _labels(datamodule: pl.LightningDataModule) -> list[str] | None:
-    return getattr(datamodule, "labels", None)
+def _attribute(name: str, datamodule: pl.LightningDataModule) -> Any:
+    value = getattr(datamodule, name, None)
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value

@@ -11,10 +11,7 @@ from seqssm.data.dna.alphabet import PAD, N, decode, encode, reverse_complement
 from seqssm.data.dna.indexing import Sequences
 from seqssm.data.dna.library import Library
 from seqssm.data.dna.sampling import (
-    EpochSampler,
-    ResumableLoader,
     Sample,
-    ShardSampler,
     TrainingDataset,
     WindowDataset,
     Windows,
@@ -22,6 +19,7 @@ from seqssm.data.dna.sampling import (
     grid_windows,
     within_n_cap,
 )
+from seqssm.data.loading import EpochSampler, ResumableLoader, ShardSampler
 from seqssm.errors import UserError
 
 

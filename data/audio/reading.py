@@ -1,0 +1,121 @@
+"""Audio files through libsndfile (WAV, FLAC, MP3, OGG Vorbis, Opus): whole, a part, or block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from seqssm.data.resampling import check_rate
+from seqssm.errors import UserError
+
+AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".oga", ".aif", ".aiff", ".au", ".w64", ".rf64", ".caf")
+
+
+# A frame of MP3 needs the bits of frames before it: decoding begins so many samples before those that are wanted.
+MP3_LEAD = 32 * 1152
+
+
+@cache
+def _sequential_file() -> type:
+    import soundfile
+
+    class SequentialFile(soundfile.SoundFile):
+        """Reads on without seeking. soundfile seeks after every read to where it is already, after which MP3 frames
+        are decoded without the bits of those before them, and come out wrong."""
+
+        def seekable(self) -> bool:
+            return False
+
+    return SequentialFile
+
+
+def open_audio(source: str | Path | IO[bytes]) -> Any:
+    """A `soundfile.SoundFile` to read in order, whose rate has been checked; raises UserError naming the file."""
+    import soundfile
+
+    name = getattr(source, "name", source)
+    if isinstance(source, str | Path) and not Path(source).exists():
+        raise UserError(f"{source} does not exist: correct the path")
+    try:
+        file = _sequential_file()(str(source) if isinstance(source, Path) else source)
+    except (soundfile.LibsndfileError, TypeError, OSError) as error:
+        raise UserError(
+            f"{name}: not readable as audio ({_reason(error)}); give WAV, FLAC, MP3, OGG or Opus"
+        ) from error
+    check_rate(file.samplerate, str(name))
+    return file
+
+
+def _reason(error: Exception) -> str:
+    return str(error).rpartition(": ")[2].strip().rstrip(".") or type(error).__name__
+
+
+def duration(path: str | Path, start_s: float = 0.0, end_s: float | None = None) -> tuple[int, int, int]:
+    """Samples of a file or of a part of it, sample rate and channels, by the header; raises UserError naming it."""
+    with open_audio(path) as file:
+        begin, end = _part(file, path, start_s, end_s)
+        return end - begin, file.samplerate, file.channels
+
+
+def _part(file: Any, path: str | Path, start_s: float, end_s: float | None) -> tuple[int, int]:
+    rate = file.samplerate
+    begin = round(start_s * rate)
+    end = file.frames if end_s is None else min(round(end_s * rate), file.frames)
+    if begin >= end:
+        where = "no samples" if file.frames == 0 else f"no samples from {start_s:g} s on"
+        raise UserError(f"{path} has {where} (it is {file.frames / rate:.2f} s long): remove it from the data")
+    return begin, end
+
+
+def read_audio(path: str | Path, start_s: float = 0.0, end_s: float | None = None) -> tuple[np.ndarray, int]:
+    """Samples (channels, n) float32 between -1 and 1, and the sample rate, of a file or of a part of it.
+
+    Raises:
+        UserError: naming a file that is missing, unreadable or empty there, or holds NaN or infinity.
+    """
+    with open_audio(path) as file:
+        rate = file.samplerate
+        begin, end = _part(file, path, start_s, end_s)
+        lead = min(begin, MP3_LEAD) if file.format == "MP3" else 0
+        if begin > lead:
+            file.seek(begin - lead)
+        samples = _decode(file, lead + end - begin, path)[lead:]
+    if not len(samples):
+        raise UserError(f"{path} has no samples: remove it from the data")
+    if not np.isfinite(samples).all():
+        raise UserError(f"{path} holds NaN or infinite samples: repair it or remove it from the data")
+    return np.ascontiguousarray(samples.T), rate
+
+
+def _decode(file: Any, count: int, name: object) -> np.ndarray:
+    import soundfile
+
+    try:
+        return file.read(count, dtype="float32", always_2d=True)  # (n, channels)
+    except (soundfile.LibsndfileError, RuntimeError) as error:
+        raise UserError(f"{name}: damaged audio ({_reason(error)}); repair it or remove it from the data") from error
+
+
+def blocks(source: str | Path | IO[bytes], seconds: float = 10.0) -> Iterator[tuple[np.ndarray, int]]:
+    """Blocks (channels, n) float32 of a file or a seekable binary stream, and the rate, in constant memory.
+
+    Raises UserError as `read_audio`.
+    """
+    name = getattr(source, "name", source)
+    with open_audio(source) as file:
+        size, seen = max(1, round(seconds * file.samplerate)), 0
+        while True:
+            samples = _decode(file, size, name)
+            if not len(samples):
+                break
+            if not np.isfinite(samples).all():
+                at = (seen + int(np.argmin(np.isfinite(samples).all(1)))) / file.samplerate
+                raise UserError(f"{name} holds NaN or infinite samples at {at:.2f} s: repair it")
+            seen += len(samples)
+            yield np.ascontiguousarray(samples.T), file.samplerate
+        if not seen:
+            raise UserError(f"{name} has no samples")

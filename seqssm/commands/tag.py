@@ -1,0 +1,303 @@
+"""Say what is heard in audio files of any length, or in a live stream, with a trained tagger.
+
+The best tags of each file go to standard output; --events and --report write files beside it. With --live, events are
+printed as they begin and end: `ffmpeg ... -f wav - | seqssm tag - --live --checkpoint NAME`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from seqssm.data.audio.live import ENCODINGS, LiveAudio
+from seqssm.data.audio.reading import blocks, open_audio
+from seqssm.errors import UserError
+from seqssm.files import atomic_write
+from seqssm.tasks.base import load_task
+from seqssm.tasks.events import FORMATS, Change, EventDetector, EventWriter, ended
+from seqssm.tasks.tag_report import Overview, overview_png, playable, report_html
+from seqssm.tasks.tagging import AudioTagging
+from seqssm.tasks.tagging_stream import LiveTagger, Tagger, TagScores, make_tagger
+
+T = TypeVar("T")
+BLOCK_S = 10.0
+CLIPPED_SHARE = 1e-3
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "files", nargs="+", help="WAV, FLAC, MP3, OGG or Opus; with --live one WAV file that grows, or -"
+    )
+    parser.add_argument("--checkpoint", required=True, help="a Lightning .ckpt or a folder in hub format")
+    parser.add_argument("--top-k", type=int, default=5, help="tags a file (default: 5)")
+    parser.add_argument("--output", "-o", type=Path, help="TSV file for the tags; default: standard output")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    parser.add_argument("--skip-bad", action="store_true", help="go on past files that cannot be read, and count them")
+    parser.add_argument("--window-s", type=float, default=30.0, help="of a model that reads both ways (default: 30)")
+    files = parser.add_argument_group("files beside the tags")
+    files.add_argument("--events", action="store_true", help="write NAME.events.txt (Audacity labels), .csv and .jsonl")
+    files.add_argument("--report", action="store_true", help="write NAME.html, a page with playback, and NAME.png")
+    files.add_argument("--folder", type=Path, default=Path("."), help="where they go (default: here)")
+    events = parser.add_argument_group("events")
+    events.add_argument("--threshold", type=float, help="of all classes; default: those tuned on validation")
+    events.add_argument(
+        "--off-ratio", type=float, default=0.6, help="an event lasts while it stays above so much of the threshold"
+    )
+    events.add_argument("--min-duration-s", type=float, default=0.2, help="shorter events are dropped (default: 0.2)")
+    events.add_argument("--max-gap-s", type=float, default=0.3, help="events so close are one (default: 0.3)")
+    live = parser.add_argument_group("live")
+    live.add_argument("--live", action="store_true", help="print events as they begin and end")
+    live.add_argument("--rate", type=int, help="Hz, of raw PCM")
+    live.add_argument("--channels", type=int, default=1, help="of raw PCM (default: 1)")
+    live.add_argument("--encoding", choices=list(ENCODINGS), default="s16le", help="of raw PCM (default: s16le)")
+    live.add_argument(
+        "--chunk-ms", type=float, default=480.0, help="heard at once, the delay of answers (default: 480)"
+    )
+    live.add_argument("--idle-s", type=float, default=5.0, help="a file that has not grown for so long has ended")
+    live.add_argument("--jsonl", action="store_true", help="print JSON lines, not text")
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.top_k < 1:
+        raise UserError(f"--top-k is {args.top_k}: ask for one tag at least")
+    if args.events or args.report:
+        _check_names(args.files, args.folder)
+    task = load_task(args.checkpoint, AudioTagging).to(args.device)
+    if args.live:
+        _live(args, task)
+        return
+    if "-" in args.files:
+        raise UserError("- is read with --live")
+    skipped = []
+    output = nullcontext(sys.stdout) if args.output is None else atomic_write(args.output)
+    with output as out:
+        print("file", "label", "probability", "threshold", sep="\t", file=out)
+        for name in args.files:
+            try:
+                for label, p, threshold in _tag_file(args, task, Path(name)):
+                    print(name, label, f"{p:.4f}", f"{threshold:.4f}", sep="\t", file=out, flush=args.output is None)
+            except UserError as error:
+                if not args.skip_bad:
+                    raise
+                skipped.append(name)
+                _note(f"skipped: {error}")
+        if skipped and len(skipped) == len(args.files):
+            raise UserError(f"none of the {len(skipped)} files could be read")
+    if skipped:
+        _note(f"skipped {len(skipped)} of {len(args.files)} files")
+
+
+def _check_names(files: list[str], folder: Path) -> None:
+    stems = [Path(name).stem for name in files]
+    twice = next((stem for stem in stems if stems.count(stem) > 1), None)
+    if twice is not None:
+        raise UserError(f"two recordings are called {twice}: their events and reports would overwrite each other")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make {folder}: {error.strerror or error}; choose another --folder") from error
+
+
+def _note(text: str) -> None:
+    print(f"seqssm: {text}", file=sys.stderr)
+
+
+class Listener:
+    """Turns the scores of one recording into tags, events and a report, as they come."""
+
+    def __init__(self, args: argparse.Namespace, task: AudioTagging) -> None:
+        self.task = task
+        on = np.array(task.thresholds if args.threshold is None else [args.threshold] * len(task.labels))
+        if not 0 <= args.off_ratio <= 1 or (args.threshold is not None and not 0 < args.threshold <= 1):
+            raise UserError("--threshold and --off-ratio must lie between 0 and 1")
+        self.on = np.maximum(on, 1e-6)
+        self.detector = EventDetector(
+            task.labels, task.token_s, self.on, self.on * args.off_ratio, args.min_duration_s, args.max_gap_s
+        )
+        self.clip: NDArray[np.float64] | None = None
+        self.last: NDArray[np.float64] = np.zeros((0, len(task.labels)))  # the latest tokens' probabilities
+
+    def hear(self, scores: Iterable[TagScores]) -> list[Change]:
+        """What began and ended."""
+        tables = []
+        for one in scores:
+            tables.append(self.task.probabilities(one.frames[0].double()).cpu().numpy())
+            self.clip = self.task.probabilities(one.clip[0].double()).cpu().numpy()
+        self.last = np.concatenate(tables) if tables else self.last[:0]
+        return self.detector.accept(self.last)
+
+    def tags(self, k: int) -> list[tuple[str, float, float]]:
+        """Label, probability and threshold of the best k."""
+        if self.clip is None:
+            return []
+        order = np.argsort(-self.clip, kind="stable")[:k]
+        return [(self.task.labels[c], float(self.clip[c]), float(self.on[c])) for c in order]
+
+
+@contextmanager
+def _event_files(args: argparse.Namespace, name: str) -> Iterator[Callable[[list[Change]], None]]:
+    """Writes events to all formats, when asked to; the files appear when all is done."""
+    with ExitStack() as stack:
+        stem = "stdin" if name == "-" else Path(name).stem
+        writers = []
+        for form in FORMATS if args.events else ():
+            file = stack.enter_context(atomic_write(args.folder / f"{stem}.events.{form}"))
+            writers.append(EventWriter(file, form, name))
+
+        def write(changes: list[Change]) -> None:
+            for event in ended(changes):
+                for writer in writers:
+                    writer.write(event)
+
+        yield write
+
+
+def _tag_file(args: argparse.Namespace, task: AudioTagging, path: Path) -> list[tuple[str, float, float]]:
+    from seqssm.data.progress import progress_bar
+
+    begin = time.monotonic()
+    with open_audio(path) as file:
+        n_samples, rate, channels = file.frames, file.samplerate, file.channels
+    listener = Listener(args, task)
+    overview = Overview(n_samples / rate, task.features.n_mels, len(task.labels)) if args.report else None
+    tagger: Tagger = make_tagger(task, rate, args.window_s)
+    hop_s = task.features.hop_samples / task.features.sample_rate
+    heard = clipped = 0
+    loudest = 0.0
+
+    def note(changes: list[Change]) -> None:
+        write(changes)
+        if overview is not None:
+            overview.add_frames(tagger.frames.numpy(), hop_s)
+            overview.add_scores(listener.last, task.token_s)
+            overview.add_events(ended(changes))
+
+    with torch.inference_mode(), _event_files(args, str(path)) as write, progress_bar(path.name, n_samples) as advance:
+        for samples, _ in blocks(path, BLOCK_S):
+            note(listener.hear(tagger.accept(samples)))
+            level = np.abs(samples)
+            loudest = max(loudest, float(level.max()))
+            clipped += int((level >= 1.0).sum())
+            heard += samples.shape[1]
+            if overview is not None:
+                overview.add_samples(samples, rate)
+            advance(samples.shape[1])
+        note(listener.hear(tagger.flush()))
+        changes = listener.detector.flush()
+        write(changes)
+        if overview is not None:
+            overview.add_events(ended(changes))
+    if not loudest:
+        _note(f"{path} is silent")
+    if clipped > CLIPPED_SHARE * heard * channels:
+        _note(f"{path}: {clipped / heard / channels:.1%} of its samples are clipped")
+    seconds, spent = heard / rate, time.monotonic() - begin
+    tags = listener.tags(args.top_k)
+    if overview is not None:
+        facts = [
+            ("duration", f"{seconds:,.2f} s, {rate:,} Hz, {channels} channel{'s' * (channels > 1)}"),
+            ("checkpoint", str(args.checkpoint)),
+            ("command", args.command_line),
+        ]
+        png = overview_png(overview, task.labels, path.name)
+        page = report_html(png, playable(path, args.folder), title=path.name, facts=facts, tags=tags, overview=overview)
+        with atomic_write(args.folder / f"{path.stem}.png", "wb") as file:
+            file.write(png)
+        with atomic_write(args.folder / f"{path.stem}.html") as file:
+            file.write(page)
+    if seconds >= 60:
+        _note(f"{path}: {seconds:,.1f} s heard in {spent:.1f} s (real-time factor {spent / seconds:.4f})")
+    return tags
+
+
+# ---- live ----------------------------------------------------------------------------------------------------------
+
+
+def _live(args: argparse.Namespace, task: AudioTagging) -> None:
+    if len(args.files) != 1:
+        raise UserError("--live listens to one stream: give - or one file")
+    if args.report:
+        raise UserError("--report needs the whole recording: tag it again without --live once it has ended")
+    (name,) = args.files
+    options: dict[str, Any] = {"rate": args.rate, "channels": args.channels, "encoding": args.encoding}
+    with ExitStack() as stack:
+        if name == "-":
+            # Unbuffered: a packet is heard when it comes, not when a buffer is full.
+            stream: Any = stack.enter_context(os.fdopen(os.dup(sys.stdin.fileno()), "rb", buffering=0))
+        elif not Path(name).is_file():
+            raise UserError(f"{name} does not exist: correct the path")
+        else:
+            stream = stack.enter_context(open(name, "rb"))
+            options["follow_s"] = args.idle_s
+        audio = LiveAudio(stream, "standard input" if name == "-" else name, **options)
+        listener = Listener(args, task)
+        tagger = LiveTagger(task, audio.rate, args.chunk_ms / 1000)
+        write = stack.enter_context(_event_files(args, name))
+        for samples in stack.enter_context(_until_interrupted(audio)):
+            _tell(listener.hear(tagger.accept(samples)), write, args.jsonl)
+        _tell(listener.hear(tagger.flush()), write, args.jsonl)
+        _tell(listener.detector.flush(), write, args.jsonl)
+    if audio.repaired:
+        _note(f"{audio.name}: {audio.repaired:,} samples were NaN or infinite, and taken for silence")
+    for label, p, threshold in listener.tags(args.top_k):
+        _note(f"of all that was heard: {label} {p:.4f} (threshold {threshold:.4f})")
+
+
+@contextmanager
+def _until_interrupted(packets: Iterable[T]) -> Iterator[Iterator[T]]:
+    """The packets; an interrupt ends them as the end of the stream would, once what came in has been heard."""
+    waiting = asked = False
+
+    def interrupt(*_: object) -> None:
+        nonlocal asked
+        if waiting or asked:
+            raise KeyboardInterrupt
+        asked = True
+
+    def until() -> Iterator[T]:
+        nonlocal waiting, asked
+        source = iter(packets)
+        while not asked:
+            try:
+                waiting = True
+                packet = next(source)
+            except (StopIteration, KeyboardInterrupt):
+                asked = True
+                return
+            finally:
+                waiting = False
+            yield packet
+
+    try:
+        before = signal.signal(signal.SIGINT, interrupt)
+    except ValueError:  # not in the main thread, where interrupts arrive
+        yield until()
+        return
+    try:
+        yield until()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _tell(changes: list[Change], write: Callable[[list[Change]], None], jsonl: bool) -> None:
+    write(changes)
+    for change in changes:
+        if jsonl:
+            row: dict[str, Any] = {"change": change.kind, "label": change.label, "time_s": change.time_s}
+            if change.event is not None:
+                row |= {"start_s": change.event.start_s, "peak": change.event.peak, "mean": change.event.mean}
+            print(json.dumps(row, ensure_ascii=False), flush=True)
+        else:
+            print(f"{change.time_s:10.3f}  {change.kind:<5}  {change.label}", flush=True)

@@ -1,0 +1,203 @@
+"""The parts of an audio tagger around its backbone: the stem that makes tokens of frames, and the pooling over time."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from seqssm.errors import UserError
+from seqssm.mixers import State
+
+PoolingKind = Literal["mean", "attention", "last"]
+
+
+def real_positions(lengths: Tensor, size: int) -> Tensor | None:
+    """(b, size) True where a position is no padding; None when nothing is padded."""
+    real = torch.arange(size, device=lengths.device) < lengths[:, None]
+    return None if bool(real.all()) else real
+
+
+class MaskedBatchNorm(nn.Module):
+    """Batch normalisation over (b, t, f) of x (b, c, t, f) that leaves padding out of its statistics."""
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, channels: int, momentum: float = 0.1, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+        self.momentum, self.eps = momentum, eps
+
+    def forward(self, x: Tensor, real: Tensor | None) -> Tensor:
+        if not self.training or real is None:
+            return self._normalize(x)
+        y = torch.zeros_like(x)
+        y.transpose(1, 2)[real] = self._normalize(x.transpose(1, 2)[real]).to(y.dtype)  # (positions, c, f)
+        return y
+
+    def _normalize(self, x: Tensor) -> Tensor:
+        return F.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, self.training, self.momentum, self.eps
+        )
+
+
+class FrameStem(nn.Module):
+    """Log-mel frames to tokens: 3 x 3 convolutions in time and frequency, then one projection of all bands.
+
+    Each layer halves the bands; the first ones also take the time strides, whose product is ``frame_group``, so that
+    token j stands for the frames [j g, (j + 1) g). A causal stem sees no frame beyond its group and carries a state.
+
+    Args:
+        n_mels: bands of a frame.
+        d_model: width of a token.
+        frame_group: g, frames a token.
+        channels: of each layer.
+        causal: whether it sees the past alone.
+
+    Raises:
+        UserError: more time strides than layers.
+    """
+
+    def __init__(self, n_mels: int, d_model: int, frame_group: int, channels: list[int], causal: bool) -> None:
+        super().__init__()
+        strides = _factors(frame_group)
+        if frame_group < 1 or not channels or min(channels) < 1 or len(strides) > len(channels):
+            raise UserError(
+                f"model.frame_group {frame_group} takes {len(strides)} layers with a time stride, stem_channels has "
+                f"{len(channels)}: choose a frame_group such as 2, 4 or 8, or give more stem_channels"
+            )
+        self.frame_group, self.causal = frame_group, causal
+        self.strides = [*strides, *[1] * (len(channels) - len(strides))]
+        bands, inputs = n_mels, [1, *channels[:-1]]
+        self.convolutions = nn.ModuleList()
+        self.norms = nn.ModuleList()
+        self._inputs: list[tuple[int, int]] = []  # channels and bands that each layer reads
+        for before, after, stride in zip(inputs, channels, self.strides, strict=True):
+            self._inputs.append((before, bands))
+            kernel = (stride + 1 if stride > 1 else 3, 3)
+            self.convolutions.append(nn.Conv2d(before, after, kernel, (stride, 2), bias=False))
+            self.norms.append(MaskedBatchNorm(after))
+            bands = -(-bands // 2)
+        self.projection = nn.Linear(channels[-1] * bands, d_model)
+
+    def tokens(self, frames: Tensor) -> Tensor:
+        """Tokens that so many frames make."""
+        return -(-frames // self.frame_group)
+
+    def init_state(self, batch: int) -> State:
+        """The frames before the first: zeros, which is what padding holds."""
+        weight = self.projection.weight
+        return {
+            str(i): weight.new_zeros(batch, channels, self._past(stride), bands)
+            for i, (stride, (channels, bands)) in enumerate(zip(self.strides, self._inputs, strict=True))
+        }
+
+    @staticmethod
+    def _past(stride: int) -> int:
+        return 1 if stride > 1 else 2
+
+    def forward(self, features: Tensor, lengths: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """Make tokens.
+
+        Args:
+            features: (b, l, mel) normalised frames. What lies beyond ``lengths`` is not looked at.
+            lengths: (b,) real frames.
+            state: what the previous chunk returned, for a causal stem; chunks but the last are whole groups.
+
+        Returns:
+            (b, ceil(l / g), d) tokens, and the state.
+        """
+        x = F.pad(features, (0, 0, 0, -features.shape[1] % self.frame_group)).unsqueeze(1)  # (b, 1, l, mel)
+        real = real_positions(lengths, x.shape[2])
+        x = _masked(x, real)
+        new_state: State = {}
+        for i, (convolution, norm) in enumerate(zip(self.convolutions, self.norms, strict=True)):
+            stride, past = self.strides[i], self._past(self.strides[i])
+            if state is not None:
+                x = torch.cat([state[str(i)].to(x.dtype), x], dim=2)
+                new_state[str(i)] = x[:, :, x.shape[2] - past :].clone()
+            # A strided layer needs one frame of the past; a dense one looks two back, or one to either side.
+            ahead = 0 if stride > 1 or self.causal else 1
+            x = convolution(F.pad(x, (1, 1, 0 if state is not None else past - ahead, ahead)))
+            lengths = -(-lengths // stride)
+            real = real_positions(lengths, x.shape[2])
+            x = _masked(F.relu(norm(x, real)), real)
+        return self.projection(x.transpose(1, 2).flatten(2)), new_state
+
+
+def _masked(x: Tensor, real: Tensor | None) -> Tensor:
+    """Zero in the padding, as the convolution's own padding is."""
+    return x if real is None else x.masked_fill(~real[:, None, :, None], 0)
+
+
+def _factors(number: int) -> list[int]:
+    """Prime factors, ascending."""
+    factors, divisor = [], 2
+    while number > 1:
+        while number % divisor == 0:
+            factors.append(divisor)
+            number //= divisor
+        divisor += 1
+    return factors
+
+
+class Pooling(nn.Module):
+    """Clip scores as a weighted mean of frame scores: equal weights, learnt ones, or all on the last frame.
+
+    Learnt weights are the softmax over time of a linear map, a class each. The running form carries the sum of the
+    weights, the weighted sum and the largest exponent, so that a stream of any length takes constant memory.
+
+    Args:
+        kind: ``mean``, ``attention`` or ``last``.
+        d_model: width of what the weights are computed from.
+        classes: number of scores c.
+    """
+
+    def __init__(self, kind: PoolingKind, d_model: int, classes: int) -> None:
+        super().__init__()
+        self.kind, self.classes = kind, classes
+        if kind == "attention":
+            self.attention = nn.Linear(d_model, classes)
+            nn.init.zeros_(self.attention.weight)  # at the start, the mean
+            nn.init.zeros_(self.attention.bias)
+
+    def init_state(self, batch: int, device: torch.device | str | None = None) -> State:
+        """Nothing pooled yet. Sums are float64: ten hours are a million frames."""
+        zeros = torch.zeros(batch, self.classes, dtype=torch.float64, device=device)
+        return {"peak": torch.full_like(zeros, -torch.inf), "weight": zeros, "total": zeros.clone()}
+
+    def forward(self, logits: Tensor, y: Tensor, lengths: Tensor) -> Tensor:
+        """Pool (b, t, c) frame logits, with y (b, t, d) behind them, over the first ``lengths`` (b,): (b, c)."""
+        if self.kind == "last":
+            return logits[torch.arange(len(logits), device=logits.device), lengths - 1]
+        real = real_positions(lengths, logits.shape[1])
+        if self.kind == "mean":
+            if real is not None:
+                logits = logits.masked_fill(~real[..., None], 0)
+            return logits.sum(1) / lengths[:, None]
+        exponents = self.attention(y)
+        if real is not None:
+            exponents = exponents.masked_fill(~real[..., None], -torch.inf)
+        return (exponents.softmax(1) * logits).sum(1)
+
+    def advance(self, logits: Tensor, y: Tensor, state: State) -> tuple[Tensor, State]:
+        """Go on pooling: the clip logits (b, c) of all frames so far, and the state."""
+        if self.kind == "last":
+            total = logits[:, -1].double()
+            state = {**state, "weight": torch.ones_like(total), "total": total}
+        else:
+            exponents = self.attention(y).double() if self.kind == "attention" else torch.zeros_like(logits).double()
+            peak = torch.maximum(state["peak"], exponents.amax(1))
+            weights = (exponents - peak[:, None]).exp()  # (b, t, c)
+            kept = (state["peak"] - peak).exp()
+            state = {
+                "peak": peak,
+                "weight": state["weight"] * kept + weights.sum(1),
+                "total": state["total"] * kept + (weights * logits).sum(1),
+            }
+        return (state["total"] / state["weight"]).to(logits.dtype), state

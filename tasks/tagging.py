@@ -1,0 +1,240 @@
+"""Audio tagging: what is heard in a clip of any length, and when."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from seqssm.backbone import Backbone, BackboneConfig
+from seqssm.data.audio.batches import AudioBatch
+from seqssm.data.features import FeatureConfig
+from seqssm.errors import UserError
+from seqssm.tasks.audio_layers import FrameStem, Pooling, PoolingKind, real_positions
+from seqssm.tasks.base import CHECKPOINT_KEY, OptimizerConfig, Task
+from seqssm.tasks.distillation import Teacher
+from seqssm.tasks.tagging_metrics import TaggingScores, best_thresholds, class_scores, one_hot, write_class_table
+
+
+class AudioTagging(Task):
+    """Tag audio clips: any number of labels each (binary cross-entropy), or exactly one (cross-entropy).
+
+    A stem of convolutions makes a token of every ``frame_group`` frames, the backbone reads the tokens, and a linear
+    head scores each of them; pooling over time gives the clip's scores. With a causal backbone everything is causal,
+    and :class:`~seqssm.tasks.tagging_stream.StreamingTagger` runs it live.
+
+    Args:
+        labels: class names in the order of the outputs; the command line takes them from the data.
+        multi_label: whether a clip may have several labels, or none; from the data, too.
+        features: how samples become features, with the training data's statistics; from the data, too.
+        backbone: the model; ``bidirectional: none`` without attention or with causal attention can run live.
+        frame_group: frames a token, a product of strides: 2, 4 (40 ms) or 8.
+        stem_channels: of the stem's convolutions, each of which halves the bands.
+        pooling: how frame scores become clip scores: their mean, a learnt weighting, or the last one.
+        dropout: before the head.
+        label_smoothing: share of the target spread evenly over the classes (over yes and no for several labels).
+        teacher: a CSV or NPY of a teacher's logits for the training clips, to learn from as well; see
+            :mod:`seqssm.tasks.distillation`.
+        teacher_weight: its share of the loss.
+        teacher_temperature: both logits are divided by it in its part of the loss.
+        thresholds: a class is present from this probability on; tuned on the validation clips after every epoch (best
+            F1) and kept with the weights.
+        optimizer: learning rate and its schedule.
+        init_from: a checkpoint whose weights to start from.
+    """
+
+    def __init__(
+        self,
+        labels: list[str],
+        multi_label: bool = False,
+        features: FeatureConfig = FeatureConfig(),  # noqa: B008 - frozen
+        backbone: BackboneConfig = BackboneConfig(),  # noqa: B008 - frozen
+        frame_group: int = 4,
+        stem_channels: list[int] = [32, 64, 64],  # noqa: B006 - never written to
+        pooling: PoolingKind = "mean",
+        dropout: float = 0.0,
+        label_smoothing: float = 0.0,
+        teacher: str | None = None,
+        teacher_weight: float = 0.5,
+        teacher_temperature: float = 1.0,
+        thresholds: list[float] | None = None,
+        optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 - frozen
+        init_from: str | None = None,
+    ) -> None:
+        # Lightning's load_from_checkpoint hands the stored plain data over as it is.
+        features = FeatureConfig(**features) if isinstance(features, dict) else features
+        super().__init__(
+            backbone,
+            optimizer,
+            init_from,
+            labels=list(labels),
+            multi_label=multi_label,
+            features=features.to_dict(),
+            frame_group=frame_group,
+            stem_channels=list(stem_channels),
+            pooling=pooling,
+            dropout=dropout,
+            label_smoothing=label_smoothing,
+            teacher=teacher,
+            teacher_weight=teacher_weight,
+            teacher_temperature=teacher_temperature,
+            thresholds=thresholds,
+        )
+        if not 0 <= teacher_weight <= 1 or teacher_temperature <= 0:
+            raise UserError("model.teacher_weight must lie between 0 and 1, model.teacher_temperature above 0")
+        classes = len(labels)
+        if classes < (1 if multi_label else 2):
+            raise UserError(f"a tagger needs {'a class' if multi_label else 'two classes'} at least, got {classes}")
+        self.labels, self.multi_label, self.features = list(labels), multi_label, features
+        self.label_smoothing = label_smoothing
+        self.teacher, self.teacher_weight, self.teacher_temperature = teacher, teacher_weight, teacher_temperature
+        self.thresholds = [0.5] * classes if thresholds is None else list(thresholds)
+
+        config = self.backbone_config
+        if config.reverse_complement:
+            raise UserError("backbone.reverse_complement is for DNA: set it to false")
+        self.backbone = Backbone(config)
+        self.stem = FrameStem(features.n_mels, config.d_model, frame_group, list(stem_channels), self.backbone.causal)
+        self.pooling = Pooling(pooling, config.d_model, classes)
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(config.d_model, classes)
+        if multi_label:
+            nn.init.constant_(self.head.bias, -math.log(max(classes - 1, 1)))  # a class is present once in c clips
+        self.val_scores, self.test_scores = (TaggingScores(classes, multi_label) for _ in range(2))
+        self._teacher: Teacher | None = None
+        self.load_initial_weights()
+
+    @property
+    def causal(self) -> bool:
+        """Whether no output depends on later frames, so that the model can run live."""
+        return self.backbone.causal
+
+    @property
+    def token_s(self) -> float:
+        """Seconds from one token to the next."""
+        return self.stem.frame_group * self.features.hop_samples / self.features.sample_rate
+
+    def forward(self, features: Tensor, lengths: Tensor) -> Tensor:
+        """Score clips.
+
+        Args:
+            features: (b, l, mel) normalised frames, padded on the right.
+            lengths: (b,) real frames of each clip, at least 1.
+
+        Returns:
+            (b, c) float32 logits. Padding and neighbours in the batch do not change them.
+        """
+        y, lengths = self.encode(features, lengths)
+        return self.score(y, lengths)[1]
+
+    def frame_logits(self, features: Tensor, lengths: Tensor) -> Tensor:
+        """Score every token, as :meth:`forward` the clip: (b, ceil(l / frame_group), c) float32 logits."""
+        y, lengths = self.encode(features, lengths)
+        return self.score(y, lengths)[0]
+
+    def encode(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """(b, t, d) tokens behind the backbone, and (b,) how many of them are real."""
+        x, _ = self.stem(features, lengths)
+        lengths = self.stem.tokens(lengths)
+        real = real_positions(lengths, x.shape[1])
+        # Padding precedes the real tokens of a backward scan: its own segment keeps it out of their state.
+        seq_idx = None if real is None or self.causal else (~real).to(torch.int32)
+        return self.backbone(x, seq_idx=seq_idx)[0], lengths
+
+    def score(self, y: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Frame logits (b, t, c) and clip logits (b, c) of tokens (b, t, d) behind the backbone."""
+        with torch.autocast(device_type=y.device.type, enabled=False):
+            y = self.dropout(y.to(self.head.weight.dtype))
+            logits = self.head(y)
+            return logits, self.pooling(logits, y, lengths)
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Logits (..., c) to probabilities: each class for itself, or summing to one with one label a clip."""
+        return logits.sigmoid() if self.multi_label else logits.softmax(-1)
+
+    # ---- training ----------------------------------------------------------------------------------------------
+
+    def init_args(self) -> dict[str, Any]:
+        args = super().init_args()
+        # Before __init__ is through there is nothing tuned yet.
+        return {**args, "thresholds": list(self.thresholds) if hasattr(self, "thresholds") else args["thresholds"]}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        self.thresholds = list(checkpoint[CHECKPOINT_KEY]["init_args"]["thresholds"])
+
+    def on_fit_start(self) -> None:
+        if self.teacher is not None:
+            datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+            self._teacher = Teacher.read(Path(self.teacher), datamodule.clips("train"), self.labels)
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Mean loss of (b, c) logits; labels are (b,) class ids or (b, c) targets between 0 and 1."""
+        if self.multi_label:
+            targets = one_hot(labels, len(self.labels))
+            targets = targets * (1 - self.label_smoothing) + self.label_smoothing / 2
+            return F.binary_cross_entropy_with_logits(logits, targets)
+        return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+
+    def training_step(self, batch: AudioBatch, batch_idx: int) -> Tensor:
+        logits = self(batch.features, batch.lengths)
+        loss = self.loss(logits, batch.labels)
+        if self._teacher is not None:
+            soft = self._teacher.loss(logits, batch, self.teacher_temperature, self.multi_label)
+            loss = (1 - self.teacher_weight) * loss + self.teacher_weight * soft
+        self.log("train_loss", loss, prog_bar=True, batch_size=len(batch.lengths))
+        return loss
+
+    def validation_step(self, batch: AudioBatch, batch_idx: int) -> None:
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: AudioBatch, batch_idx: int) -> None:
+        self._evaluate(batch, "test")
+
+    def predict_step(self, batch: AudioBatch, batch_idx: int) -> Tensor:
+        # In float64: rounding a softmax to float32 makes ties.
+        return self.probabilities(self(batch.features, batch.lengths).double())
+
+    def _evaluate(self, batch: AudioBatch, split: str) -> None:
+        logits, size = self(batch.features, batch.lengths), len(batch.lengths)
+        loss = self.loss(logits, batch.labels)
+        self.log(f"{split}_loss", loss, prog_bar=True, sync_dist=True, batch_size=size, on_step=False, on_epoch=True)
+        self._scores(split).update(self.probabilities(logits), batch.labels)
+
+    def _scores(self, split: str) -> TaggingScores:
+        return self.val_scores if split == "val" else self.test_scores
+
+    def on_validation_epoch_end(self) -> None:
+        self._finish("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._finish("test")
+
+    def _finish(self, split: str) -> None:
+        """Log the scores of the whole split, tune the thresholds on validation, and write the table of classes."""
+        metric = self._scores(split)
+        values = metric.compute()
+        self.log_dict({f"{split}_{name}": value for name, value in values.items()}, prog_bar=True)
+        with metric.sync_context(should_sync=metric._to_sync):
+            probabilities, targets = metric.table()
+        metric.reset()
+        if self.trainer.sanity_checking:
+            return
+        if split == "val":
+            self.thresholds = best_thresholds(probabilities, targets)
+        folder = self.trainer.log_dir if self.trainer.loggers else None
+        if not folder or not self.trainer.is_global_zero:
+            return
+        scores = class_scores(probabilities, targets)
+        write_class_table(Path(folder) / f"per_class_{split}.csv", self.labels, scores, self.thresholds)
+        if not self.multi_label:
+            from torchmetrics.functional.classification import multiclass_confusion_matrix
+
+            from seqssm.tasks.plots import confusion_matrix_png
+
+            counts = multiclass_confusion_matrix(probabilities, targets.argmax(1), len(self.labels))
+            confusion_matrix_png(counts.cpu().numpy(), self.labels, Path(folder) / f"confusion_{split}.png")
