@@ -14,6 +14,7 @@ from seqssm.backbone import BackboneConfig
 from seqssm.data.audio.batches import AudioBatch
 from seqssm.data.features import FeatureConfig
 from seqssm.errors import UserError
+from seqssm.tasks.averaging import RunningAverage
 from seqssm.tasks.audio_layers import FrameStem, MaskedBatchNorm
 from seqssm.tasks.base import OptimizerConfig, load_task, read_checkpoint
 from seqssm.tasks.distillation import Teacher
@@ -204,7 +205,7 @@ def fit(task: AudioTagging, folder: Path, epochs: int = 4, callbacks: tuple = ()
 def test_learns_tones_and_keeps_thresholds_and_features_with_the_weights(multi_label: bool, tmp_path: Path) -> None:
     task = make_task("attention", multi_label=multi_label, optimizer=OptimizerConfig(lr=1e-2))
     checkpoint = pl.callbacks.ModelCheckpoint(tmp_path, monitor="val_mAP", mode="max", filename="best")
-    average = pl.callbacks.EMAWeightAveraging(decay=0.8)
+    average = RunningAverage(decay=0.8)
     trainer = fit(task, tmp_path, epochs=6, callbacks=(checkpoint, average))
     assert trainer.callback_metrics["val_mAP"] > 0.97
     again = load_task(tmp_path / "best.ckpt", AudioTagging)
