@@ -14,8 +14,8 @@ from seqssm.backbone import BackboneConfig
 from seqssm.data.audio.batches import AudioBatch
 from seqssm.data.features import FeatureConfig
 from seqssm.errors import UserError
-from seqssm.tasks.averaging import RunningAverage
 from seqssm.tasks.audio_layers import FrameStem, MaskedBatchNorm
+from seqssm.tasks.averaging import RunningAverage
 from seqssm.tasks.base import OptimizerConfig, load_task, read_checkpoint
 from seqssm.tasks.distillation import Teacher
 from seqssm.tasks.tagging import AudioTagging
