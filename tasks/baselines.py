@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, Self, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from seqssm.errors import UserError
 from seqssm.tasks.kmers import canonical_kmers
 
 if TYPE_CHECKING:
@@ -239,6 +240,22 @@ def default_baselines(
         CompositionRegression("k-mers", [(3,), (4,), (5,), (6,)], n_classes, balance=balance, seed=seed),
         SmallCNN(n_classes, balance=balance, seed=seed, reverse_complement=reverse_complement, device=device),
     ]
+
+
+def select_baselines(baselines: Sequence[Baseline[D]], names: str) -> list[Baseline[D]]:
+    """Those whose names are in ``names``, between commas; ``all`` for all.
+
+    Raises:
+        UserError: a name is none of theirs.
+    """
+    if names == "all":
+        return list(baselines)
+    wanted = [name.strip() for name in names.split(",")]
+    known = {baseline.name: baseline for baseline in baselines}
+    for name in wanted:
+        if name not in known:
+            raise UserError(f"--baselines: no baseline {name!r}; there are {', '.join(known)}; or say all or none")
+    return [known[name] for name in wanted]
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 
 from seqssm.errors import UserError
-from seqssm.tasks.base import Loaded, build_task, read_checkpoint, task_class
-from seqssm.tasks.dna import DNAClassification
+from seqssm.tasks.base import Loaded, read_checkpoint, task_class
 from seqssm.tasks.tagging import AudioTagging
 
 
@@ -22,7 +20,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--split", choices=("test", "val"), default="test", help="default: %(default)s")
     parser.add_argument("--output", "-o", type=Path, help="folder for metrics.json, evaluation.md and figures")
-    parser.add_argument("--no-baselines", action="store_true", help="leave the baselines out (they are fitted anew)")
+    parser.add_argument(
+        "--baselines",
+        default="all",
+        help="which to fit beside it, between commas: all, none, or their names, such as 'majority,k-mers'",
+    )
     parser.add_argument("--batch-size", type=int, help="windows or clips a forward pass; default: as trained")
     parser.add_argument("--epochs", type=int, help="of an audio tagger's CNN baseline; default: as many as the model's")
     parser.add_argument("--device", default="auto", help="a Lightning accelerator: auto, cpu or cuda")
@@ -50,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
         datamodule=datamodule,
         folder=args.output,
         split=args.split,
-        baselines=not args.no_baselines,
+        baselines=args.baselines,
         accelerator=args.device,
         seed=args.seed,
         command=args.command_line,
@@ -95,7 +97,7 @@ def evaluate(
     datamodule: Any,
     folder: Path | None = None,
     split: str = "test",
-    baselines: bool = True,
+    baselines: str = "all",
     accelerator: str = "auto",
     seed: int = 0,
     command: str = "",
@@ -109,74 +111,26 @@ def evaluate(
         datamodule: gives the examples of every split.
         folder: where ``metrics.json``, ``evaluation.md`` and the figures go; None writes nothing.
         split: ``test`` or ``val``.
-        baselines: whether to fit and score them.
+        baselines: which to fit and score: ``all``, ``none``, or names between commas.
         accelerator: as Lightning names it.
         seed: of the baselines and the bootstrap.
         command: what the user typed, for the report.
         epochs: of an audio tagger's CNN baseline; None for as many as the model's.
     """
-    from seqssm.commands.evaluate_tagging import evaluate_tagging
-    from seqssm.tasks import report as reports
-    from seqssm.tasks.baselines import Windows, default_baselines, run_baselines
-
     loaded = read_checkpoint(checkpoint)
+    arguments: dict[str, Any] = {
+        "datamodule": datamodule,
+        "folder": folder,
+        "split": split,
+        "baselines": baselines,
+        "accelerator": accelerator,
+        "seed": seed,
+        "command": command,
+    }
     if issubclass(task_class(loaded, checkpoint), AudioTagging):
-        return evaluate_tagging(
-            loaded,
-            checkpoint,
-            datamodule=datamodule,
-            folder=folder,
-            split=split,
-            baselines=baselines,
-            accelerator=accelerator,
-            seed=seed,
-            command=command,
-            epochs=epochs,
-        )
-    task = build_task(loaded, DNAClassification, checkpoint)
-    datamodule.prepare_data()
-    datamodule.setup("fit")
-    if list(datamodule.labels) != task.labels:
-        raise UserError(
-            f"{checkpoint} knows the classes {', '.join(task.labels)}; the data has {', '.join(datamodule.labels)}"
-        )
-    dataset = datamodule.grid(split)
-    trainer = pl.Trainer(accelerator=accelerator, devices=1, logger=False, enable_checkpointing=False)
-    loader = datamodule.test_dataloader() if split == "test" else datamodule.val_dataloader()
-    outputs: Any = trainer.predict(task, dataloaders=loader)
-    probabilities = torch.cat(outputs).cpu().double().numpy()
+        from seqssm.commands.evaluate_tagging import evaluate_tagging
 
-    fitted = {}
-    if baselines:
-        settings = datamodule.settings
-        chosen = default_baselines(
-            len(task.labels),
-            balance=bool(settings["balance"] or task.class_weights == "balanced"),
-            reverse_complement=settings["rc_probability"] > 0,
-            seed=seed,
-            device=str(trainer.strategy.root_device),
-        )
-        windows = {name: Windows.read(datamodule.grid(name)) for name in {"train", "val", split}}
-        fitted = run_baselines(chosen, windows["train"], windows["val"], windows[split])
-    report = reports.evaluate(
-        probabilities,
-        dataset.windows.label,
-        {"group": dataset.windows.group, "record": dataset.windows.record},
-        task.labels,
-        baselines={name: one.probabilities for name, one in fitted.items()},
-        baseline_settings={name: one.settings for name, one in fitted.items()},
-        data={
-            "path": str(datamodule.settings["path"]),
-            "split": split,
-            "window_bp": datamodule.settings["window_bp"] or "whole sequences",
-            "train windows": sum(datamodule.report.counts["train"].values()),
-        },
-        checkpoint=checkpoint,
-        command=command,
-        seed=seed,
-    )
-    text = reports.to_markdown(report)
-    print(text)
-    if folder is not None:
-        print("wrote", ", ".join(str(path) for path in reports.save(report, folder)))
-    return report
+        return evaluate_tagging(loaded, checkpoint, **arguments, epochs=epochs)
+    from seqssm.commands.evaluate_dna import evaluate_dna
+
+    return evaluate_dna(loaded, checkpoint, **arguments)

@@ -24,7 +24,7 @@ def evaluate_tagging(
     datamodule: Any,
     folder: Path | None,
     split: str,
-    baselines: bool,
+    baselines: str,
     accelerator: str,
     seed: int,
     command: str,
@@ -37,7 +37,7 @@ def evaluate_tagging(
     """
     from seqssm.tasks import report as reports
     from seqssm.tasks.audio_baselines import Clips, audio_baselines
-    from seqssm.tasks.baselines import run_baselines
+    from seqssm.tasks.baselines import run_baselines, select_baselines
     from seqssm.tasks.plots import precision_recall_png
     from seqssm.tasks.tagging_metrics import best_thresholds
 
@@ -52,9 +52,9 @@ def evaluate_tagging(
     probabilities = _predict(task, held_out, device)
 
     fitted = {}
-    if baselines:
+    if baselines != "none":
         epochs = epochs or loaded.description.get("epochs") or DEFAULT_EPOCHS
-        chosen = audio_baselines(classes, epochs=epochs, seed=seed, device=device)
+        chosen = select_baselines(audio_baselines(classes, epochs=epochs, seed=seed, device=device), baselines)
         fitted = run_baselines(chosen, train, validation, held_out)
     thresholds = {reports.MODEL: np.array(task.thresholds)}
     for name, one in fitted.items() if task.multi_label else ():

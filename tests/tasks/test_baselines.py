@@ -6,8 +6,16 @@ import numpy as np
 import pytest
 import torch
 
+from seqssm.errors import UserError
 from seqssm.tasks import cnn
-from seqssm.tasks.baselines import CompositionRegression, Majority, Windows, default_baselines, run_baselines
+from seqssm.tasks.baselines import (
+    CompositionRegression,
+    Majority,
+    Windows,
+    default_baselines,
+    run_baselines,
+    select_baselines,
+)
 from seqssm.tasks.cnn import ConvolutionalNetwork, SmallCNN
 from seqssm.tasks.kmers import canonical_kmers
 
@@ -249,3 +257,11 @@ def test_network_learns_on_a_gpu():
     assert settings["validation_log_loss"] == pytest.approx(
         network.log_loss(network.predict_proba(validation), validation.labels), rel=1e-3
     )
+
+
+def test_baselines_are_chosen_by_name():
+    baselines = default_baselines(2)
+    assert select_baselines(baselines, "all") == baselines
+    assert [b.name for b in select_baselines(baselines, "k-mers, majority")] == ["k-mers", "majority"]
+    with pytest.raises(UserError, match="no baseline 'kmers'; there are majority, GC"):
+        select_baselines(baselines, "kmers")
