@@ -10,9 +10,9 @@ from seqssm.kernels.ssd.triton_backward import finish_kernel, input_kernel, sum_
 from seqssm.kernels.ssd.triton_forward import output_kernel, pass_kernel, prepare_kernel, step_kernel, walk_kernel
 from seqssm.kernels.triton_tiles import reverse_mask, strides, use_device
 
-# Tokens of a chunk and channels of a program, for products of 16-bit inputs and of float32 ones (True), which take
-# twice the memory and more registers.
-_CHUNK = {False: 64, True: 32}
+# Tokens of a chunk and channels of a program, for products of 16-bit inputs and of float32 ones (True): those run
+# without matrix units, and hold whole rows and columns of their operands in registers.
+_CHUNK = {False: 64, True: 16}
 _BLOCK_P = {False: 64, True: 32}
 # Tokens of a segment: the most, and, where that many programs would not fill the GPU, the least.
 _SEGMENT, _SHORTEST_SEGMENT = 2048, 256
@@ -22,10 +22,11 @@ _KEPT_BYTES = 768 << 20
 # States of a program of the sums over heads, and how many programs there should be: else a group's heads are split.
 _SUM_BLOCK_N = {False: 128, True: 64}
 _ENOUGH_SUMS = 396
-_WALK = {"num_warps": 4, "num_stages": 3}
-_OUTPUT = {"num_warps": 4, "num_stages": 2}
-_INPUT = {"num_warps": 4, "num_stages": 1}
-_SUM = {"num_warps": 8, "num_stages": 2}
+# Chosen by the registers, spills and shared memory of the compiled kernels.
+_WALK = {False: {"num_warps": 4, "num_stages": 3}, True: {"num_warps": 4, "num_stages": 1}}
+_OUTPUT = {False: {"num_warps": 4, "num_stages": 2}, True: {"num_warps": 8, "num_stages": 1}}
+_INPUT = {False: {"num_warps": 4, "num_stages": 1}, True: {"num_warps": 8, "num_stages": 1}}
+_SUM = {False: {"num_warps": 8, "num_stages": 2}, True: {"num_warps": 4, "num_stages": 1}}
 
 
 class _Plan(NamedTuple):
@@ -79,7 +80,7 @@ def forward(
         output_kernel[(b * plan.segments * h * plan.blocks,)](
             x, B, C, D, z, *scan.decays, carry, y, final_state,
             *x.stride(), *B.stride(), *C.stride(), *_skip_strides(D), *strides(z, 4),
-            l, plan.chunks, plan.segments, plan.per_segment, *scan.sizes, **scan.blocks, **_OUTPUT,
+            l, plan.chunks, plan.segments, plan.per_segment, *scan.sizes, **scan.blocks, **_OUTPUT[plan.exact],
         )  # fmt: skip
     states = final_state.new_empty(0)
     if save_states:
@@ -148,14 +149,15 @@ def backward(
                 x, dy, A, B, C, D, z, *scan.decays, adjoint, entering, leaving,
                 dx, dz, dsteps, dA_part, dD_part, dinitial,
                 *x.stride(), *dy.stride(), *A.stride(), *B.stride(), *C.stride(), *_skip_strides(D), *strides(z, 4),
-                l, plan.chunks, first, count, plan.per_segment, *scan.sizes, CHANNELS=channels, **scan.blocks, **_INPUT,
+                l, plan.chunks, first, count, plan.per_segment, *scan.sizes,
+                CHANNELS=channels, **scan.blocks, **_INPUT[plan.exact],
             )  # fmt: skip
             kept_chunks = count * plan.per_segment
             sum_kernel[(sum_programs * kept_chunks * splits,)](
                 x, dy, B, C, z, *scan.decays, entering, leaving, dB, dC,
                 *x.stride(), *dy.stride(), *B.stride(), *C.stride(), *strides(z, 4), dB.stride(0),
                 l, plan.chunks, first * plan.per_segment, kept_chunks, splits, *scan.sizes,
-                **scan.blocks | {"BLOCK_N": sum_block_n}, PADDED_N=plan.block_n, **_SUM,
+                **scan.blocks | {"BLOCK_N": sum_block_n}, PADDED_N=plan.block_n, **_SUM[plan.exact],
             )  # fmt: skip
             dA += dA_part.sum((0, 2))
             if dD_part is not None:
@@ -177,7 +179,7 @@ def backward(
 def empty_states(x: Tensor, B: Tensor, chunk: int | None) -> Tensor:
     """Room for the states that enter the segments: (b, segments, h, n, p) float32."""
     b, _, h, p = x.shape
-    return _float32(b, _segments(x, chunk)[1], h, B.shape[3], p, like=x)
+    return _float32(b, _segments(x)[1], h, B.shape[3], p, like=x)
 
 
 def step(
@@ -264,7 +266,7 @@ class _Scan:
             values, gate, keys, *self.decays, carry, totals, kept,
             *values.stride(), *strides(gate, 4), *keys.stride(), carry.stride(0), *strides(totals, 3)[:1],
             self.l, self.plan.chunks, first, segments, self.plan.per_segment, *self.sizes,
-            ADJOINT=adjoint, KEEP=kept is not None, **self.blocks, **_WALK,
+            ADJOINT=adjoint, KEEP=kept is not None, **self.blocks, **_WALK[self.plan.exact],
         )  # fmt: skip
 
     def finish(self, dsteps: Tensor, ddt: Tensor) -> None:
@@ -292,7 +294,7 @@ def _plan(x: Tensor, B: Tensor, C: Tensor, chunk: int | None) -> _Plan:
     l, p = x.shape[1], x.shape[3]
     exact = x.dtype == torch.float32 or not x.dtype == B.dtype == C.dtype
     q = min(_CHUNK[exact], max(16, triton.next_power_of_2(min(chunk or _CHUNK[exact], l))))
-    segment, segments = _segments(x, chunk)
+    segment, segments = _segments(x)
     chunks = triton.cdiv(l, q)
     block_p = min(_BLOCK_P[exact], max(16, triton.next_power_of_2(p)))
     return _Plan(
@@ -307,7 +309,7 @@ def _plan(x: Tensor, B: Tensor, C: Tensor, chunk: int | None) -> _Plan:
     )
 
 
-def _segments(x: Tensor, chunk: int | None) -> tuple[int, int]:
+def _segments(x: Tensor) -> tuple[int, int]:
     """Tokens of a segment, the same for any dtype, and the number of segments."""
     b, l, h, p = x.shape
     segment = _SEGMENT

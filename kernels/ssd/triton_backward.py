@@ -44,8 +44,9 @@ def input_kernel(
 
     ``adjoint`` (b, segments, h, n, p) is R leaving the segment, ``entering`` S entering each chunk; both kept states
     are (b, chunks, h, blocks, BLOCK_N, BLOCK_P). Writes dx, dz (b, l, h, p), the gradient of the step sizes as
-    ``dsteps`` (b, h, blocks, t), and sums over the segment: dA (b, segments, h, blocks), dD of the same shape or, for a D
-    with CHANNELS, (b, segments, h, blocks, BLOCK_P). The first segment of all writes R entering it to ``dinitial`` (b, h, n, p).
+    ``dsteps`` (b, h, blocks, t), and sums over the segment: dA (b, segments, h, blocks), dD of the same shape or, for a
+    D with CHANNELS, (b, segments, h, blocks, BLOCK_P). The first segment of all writes R entering it to ``dinitial``
+    (b, h, n, p).
     """
     batch, s, head, block = locate(heads, segments, BLOCKS)
     group = head // per_group

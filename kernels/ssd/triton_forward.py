@@ -167,7 +167,8 @@ def prepare_kernel(
 )
 def walk_kernel(
     values, gate, keys, steps, logs, resets, carry, totals, kept,
-    values_b, values_t, values_h, values_p, gate_b, gate_t, gate_h, gate_p, keys_b, keys_t, keys_g, keys_n, carry_b, totals_b,
+    values_b, values_t, values_h, values_p, gate_b, gate_t, gate_h, gate_p, keys_b, keys_t, keys_g, keys_n,
+    carry_b, totals_b,
     length, chunks, first, segments, per_segment, heads, per_group, p, n, reverse_mask,
     ADJOINT: tl.constexpr, KEEP: tl.constexpr, EXACT: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCKS: tl.constexpr,
@@ -246,7 +247,7 @@ def pass_kernel(
         h = tl.load(entering + corner, mask=mask, other=0.0)
     carry += (batch * segments * heads + head) * size + lane
     totals += batch * segments * heads + head
-    size_step, total_step = (heads * size).to(tl.int64), heads
+    size_step, total_step = tl.cast(heads * size, tl.int64), heads
     if BACKWARD:
         carry += (segments - 1) * size_step
         totals += (segments - 1) * heads
