@@ -22,10 +22,11 @@ _KEPT_BYTES = 768 << 20
 # States of a program of the sums over heads, and how many programs there should be: else a group's heads are split.
 _SUM_BLOCK_N = {False: 128, True: 64}
 _ENOUGH_SUMS = 396
-# Chosen by the registers, spills and shared memory of the compiled kernels.
+# Chosen by the registers, spills and shared memory of the compiled kernels. Left to itself, the assembler compiles some
+# float32 kernels for 32 or 128 registers and spills thousands of values.
 _WALK = {False: {"num_warps": 4, "num_stages": 3}, True: {"num_warps": 4, "num_stages": 1}}
-_OUTPUT = {False: {"num_warps": 4, "num_stages": 2}, True: {"num_warps": 8, "num_stages": 1}}
-_INPUT = {False: {"num_warps": 4, "num_stages": 1}, True: {"num_warps": 8, "num_stages": 1}}
+_OUTPUT = {False: {"num_warps": 4, "num_stages": 2}, True: {"num_warps": 8, "num_stages": 1, "maxnreg": 255}}
+_INPUT = {False: {"num_warps": 4, "num_stages": 1}, True: {"num_warps": 8, "num_stages": 1, "maxnreg": 255}}
 _SUM = {False: {"num_warps": 8, "num_stages": 2}, True: {"num_warps": 4, "num_stages": 1}}
 
 
