@@ -1,0 +1,340 @@
+"""Backend "triton": the SSD scan on the GPU; the README derives it and states its plan and cost."""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from seqssm.kernels.ssd.triton_backward import finish_kernel, input_kernel, sum_kernel
+from seqssm.kernels.ssd.triton_forward import output_kernel, pass_kernel, prepare_kernel, step_kernel, walk_kernel
+from seqssm.kernels.triton_tiles import reverse_mask, strides, use_device
+
+# Tokens of a chunk and channels of a program, for products of 16-bit inputs and of float32 ones (True): those run
+# without matrix units, and hold whole rows and columns of their operands in registers.
+_CHUNK = {False: 64, True: 16}
+_BLOCK_P = {False: 64, True: 32}
+# Tokens of a segment: the most, and, where that many programs would not fill the GPU, the least.
+_SEGMENT, _SHORTEST_SEGMENT = 2048, 256
+_ENOUGH_PROGRAMS = 192
+# Bytes for the states entering and the adjoints leaving each chunk: the backward pass takes slabs that fit.
+_KEPT_BYTES = 768 << 20
+# States of a program of the sums over heads, and how many programs there should be: else a group's heads are split.
+_SUM_BLOCK_N = {False: 128, True: 64}
+_ENOUGH_SUMS = 396
+# Chosen by the registers, spills and shared memory of the compiled kernels. Left to itself, the assembler compiles some
+# float32 kernels for 32 or 128 registers and spills thousands of values.
+_WALK = {False: {"num_warps": 4, "num_stages": 3}, True: {"num_warps": 4, "num_stages": 1}}
+_OUTPUT = {False: {"num_warps": 4, "num_stages": 2}, True: {"num_warps": 8, "num_stages": 1, "maxnreg": 255}}
+_INPUT = {False: {"num_warps": 4, "num_stages": 1}, True: {"num_warps": 8, "num_stages": 1, "maxnreg": 255}}
+_SUM = {False: {"num_warps": 8, "num_stages": 2}, True: {"num_warps": 4, "num_stages": 1}}
+
+
+class _Plan(NamedTuple):
+    """How a scan is cut up: it follows from shapes and dtypes."""
+
+    exact: bool  # products of float32
+    chunk: int  # tokens
+    chunks: int
+    per_segment: int  # chunks
+    segments: int
+    block_n: int
+    block_p: int
+    blocks: int  # of channels in a head
+
+    @property
+    def state_size(self) -> int:
+        """Elements of a head's state, padded."""
+        return self.blocks * self.block_n * self.block_p
+
+
+def forward(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    initial_state: Tensor | None,
+    seq_idx: Tensor | None,
+    reverse: tuple[bool, ...],
+    chunk: int | None,
+    save_states: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y (b, l, h, p), the final state (b, h, p, n) and the states entering the segments (empty unless saved)."""
+    b, l, h, p = x.shape
+    n = B.shape[3]
+    plan = _plan(x, B, C, chunk)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    final_state = _float32(b, h, n, p, like=x)
+    entering = None if initial_state is None else _transposed(initial_state)
+    carry = None if entering is None else entering.unsqueeze(1)
+    with use_device(x):
+        scan = _Scan(plan, x, dt, A, B, dt_bias, dt_softplus, seq_idx, reverse)
+        if plan.segments > 1:
+            carry, totals = _float32(b, plan.segments, h, n, p, like=x), _float32(b, plan.segments, h, like=x)
+            scan.walk(x, None, B, carry[:, :-1], totals[:, :-1], None, 0, adjoint=False)
+            _pass_states(carry, totals, entering, None, backward=False)
+        output_kernel[(b * plan.segments * h * plan.blocks,)](
+            x, B, C, D, z, *scan.decays, carry, y, final_state,
+            *x.stride(), *B.stride(), *C.stride(), *_skip_strides(D), *strides(z, 4),
+            l, plan.chunks, plan.segments, plan.per_segment, *scan.sizes, **scan.blocks, **_OUTPUT[plan.exact],
+        )  # fmt: skip
+    states = final_state.new_empty(0)
+    if save_states:
+        states = torch.zeros_like(final_state).unsqueeze(1) if carry is None else carry
+    return y, final_state.transpose(2, 3).contiguous(), states
+
+
+def backward(
+    dy: Tensor,
+    dfinal_state: Tensor,
+    states: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    initial_state: Tensor | None,
+    seq_idx: Tensor | None,
+    reverse: tuple[bool, ...],
+    chunk: int | None,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, dt, A, B, C, D, z, dt_bias and initial_state; slabs of segments, last to first."""
+    b, l, h, p = x.shape
+    g, n = B.shape[2:]
+    plan = _plan(x, B, C, chunk)
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dz = None if z is None else torch.empty(z.shape, dtype=z.dtype, device=x.device)
+    ddt = _float32(b, l, h, like=x)
+    dsteps = _float32(b, h, plan.blocks, plan.chunks * plan.chunk, like=x)
+    dA = torch.zeros(h, dtype=torch.float32, device=x.device)
+    channels = D is not None and D.dim() == 2
+    dD = torch.zeros(h, plan.blocks * (plan.block_p if channels else 1), dtype=torch.float32, device=x.device)
+    sum_block_n = min(plan.block_n, _SUM_BLOCK_N[plan.exact])
+    sum_programs = b * g * plan.block_n // sum_block_n  # a chunk
+    splits = _head_splits(sum_programs * plan.chunks, h // g)
+    dB, dC = (
+        torch.empty((splits, *v.shape), dtype=v.dtype if splits == 1 else torch.float32, device=x.device)
+        for v in (B, C)
+    )
+    kept_dtype = torch.float32 if plan.exact else x.dtype
+    segment_bytes = 2 * kept_dtype.itemsize * b * plan.per_segment * h * plan.state_size
+    slabs = triton.cdiv(plan.segments, max(1, _KEPT_BYTES // segment_bytes))
+    slab = triton.cdiv(plan.segments, slabs)
+    kept_size = b * slab * plan.per_segment * h * plan.state_size
+    entering, leaving = (torch.empty(kept_size, dtype=kept_dtype, device=x.device) for _ in range(2))
+    dstate, dinitial = _transposed(dfinal_state), _float32(b, h, n, p, like=x)
+    with use_device(x):
+        scan = _Scan(plan, x, dt, A, B, dt_bias, dt_softplus, seq_idx, reverse)
+        for end in range(plan.segments, 0, -slab):
+            first = max(0, end - slab)
+            count = end - first
+            scan.walk(x, None, B, states[:, first:end], None, entering, first, adjoint=False)
+            adjoint = dstate.unsqueeze(1)
+            if end > 1:
+                adjoint, totals = _float32(b, count, h, n, p, like=x), _float32(b, count, h, like=x)
+                unused = int(first == 0)  # nothing needs what the first segment of all makes
+                scan.walk(dy, z, C, adjoint[:, unused:], totals[:, unused:], None, first + unused, adjoint=True)
+                _pass_states(adjoint, totals, dstate, dstate, backward=True)
+            dA_part = _float32(b * count, h, plan.blocks, like=x)
+            dD_part = None if D is None else _float32(b * count, *dD.shape, like=x)
+            input_kernel[(b * count * h * plan.blocks,)](
+                x, dy, A, B, C, D, z, *scan.decays, adjoint, entering, leaving,
+                dx, dz, dsteps, dA_part, dD_part, dinitial,
+                *x.stride(), *dy.stride(), *A.stride(), *B.stride(), *C.stride(), *_skip_strides(D), *strides(z, 4),
+                l, plan.chunks, first, count, plan.per_segment, *scan.sizes,
+                CHANNELS=channels, **scan.blocks, **_INPUT[plan.exact],
+            )  # fmt: skip
+            kept_chunks = count * plan.per_segment
+            sum_kernel[(sum_programs * kept_chunks * splits,)](
+                x, dy, B, C, z, *scan.decays, entering, leaving, dB, dC,
+                *x.stride(), *dy.stride(), *B.stride(), *C.stride(), *strides(z, 4), dB.stride(0),
+                l, plan.chunks, first * plan.per_segment, kept_chunks, splits, *scan.sizes,
+                **scan.blocks | {"BLOCK_N": sum_block_n}, PADDED_N=plan.block_n, **_SUM[plan.exact],
+            )  # fmt: skip
+            dA += dA_part.sum((0, 2))
+            if dD_part is not None:
+                dD += dD_part.sum(0)
+        scan.finish(dsteps, ddt)
+    return (
+        dx,
+        ddt,
+        dA,
+        dB[0] if splits == 1 else dB.sum(0),
+        dC[0] if splits == 1 else dC.sum(0),
+        None if D is None else dD[:, :p] if channels else dD.sum(1),
+        dz,
+        None if dt_bias is None else ddt.sum((0, 1)),
+        None if initial_state is None else dinitial.transpose(2, 3),
+    )
+
+
+def empty_states(x: Tensor, B: Tensor, chunk: int | None) -> Tensor:
+    """Room for the states that enter the segments: (b, segments, h, n, p) float32."""
+    b, _, h, p = x.shape
+    return _float32(b, _segments(x)[1], h, B.shape[3], p, like=x)
+
+
+def step(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+) -> Tensor:
+    """One token: the state (b, h, p, n) in place, returns y (b, h, p). One launch, so a CUDA graph can hold it."""
+    b, h, p = x.shape
+    g, n = B.shape[1:]
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    block_n = triton.next_power_of_2(n)
+    block_p = min(triton.next_power_of_2(p), max(1, 2048 // block_n))
+    with use_device(x):
+        step_kernel[(b * h * triton.cdiv(p, block_p),)](
+            state, x, dt, A, B, C, D, z, dt_bias, y,
+            *state.stride(), *x.stride(), *dt.stride(), *A.stride(), *B.stride(), *C.stride(),
+            *_skip_strides(D), *strides(z, 3), *strides(dt_bias, 1), h, h // g, p, n,
+            SOFTPLUS=dt_softplus, BLOCK_P=block_p, BLOCK_N=block_n, num_warps=4,
+        )  # fmt: skip
+    return y
+
+
+class _Scan:
+    """What all launches of one pass share; preparing it computes the step sizes and the decays."""
+
+    def __init__(
+        self,
+        plan: _Plan,
+        x: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        dt_bias: Tensor | None,
+        dt_softplus: bool,
+        seq_idx: Tensor | None,
+        reverse: tuple[bool, ...],
+    ) -> None:
+        self.plan, self.dt, self.dt_bias, self.dt_softplus = plan, dt, dt_bias, dt_softplus
+        self.b, self.l, self.h, p = x.shape
+        g, n = B.shape[2:]
+        self.sizes = (self.h, self.h // g, p, n, reverse_mask(reverse))
+        self.blocks: dict[str, Any] = {
+            "EXACT": plan.exact,
+            "CHUNK": plan.chunk,
+            "BLOCK_N": plan.block_n,
+            "BLOCK_P": plan.block_p,
+            "BLOCKS": plan.blocks,
+        }
+        self.block_h = min(triton.next_power_of_2(self.h), 16)
+        padded = plan.chunks * plan.chunk
+        steps = _float32(self.b, self.h, padded, like=x)
+        logs = torch.empty_like(steps, dtype=torch.float64 if plan.exact else torch.float32)
+        resets = None if seq_idx is None else torch.empty_like(steps, dtype=torch.int32)
+        self.decays = (steps, logs, resets)
+        prepare_kernel[(self.b * plan.chunks * triton.cdiv(self.h, self.block_h),)](
+            dt, A, dt_bias, seq_idx, *self.decays,
+            *dt.stride(), *A.stride(), *strides(dt_bias, 1), *strides(seq_idx, 2),
+            self.l, padded, self.h, self.h // g, self.sizes[-1],
+            SOFTPLUS=dt_softplus, CHUNK=plan.chunk, BLOCK=self.block_h, num_warps=2,
+        )  # fmt: skip
+
+    def walk(
+        self,
+        values: Tensor,
+        gate: Tensor | None,
+        keys: Tensor,
+        carry: Tensor,
+        totals: Tensor | None,
+        kept: Tensor | None,
+        first: int,
+        adjoint: bool,
+    ) -> None:
+        """Walk the segments of ``carry`` (b, segments, h, n, p), of which ``first`` is the first."""
+        segments = carry.shape[1]
+        walk_kernel[(self.b * segments * self.h * self.plan.blocks,)](
+            values, gate, keys, *self.decays, carry, totals, kept,
+            *values.stride(), *strides(gate, 4), *keys.stride(), carry.stride(0), *strides(totals, 3)[:1],
+            self.l, self.plan.chunks, first, segments, self.plan.per_segment, *self.sizes,
+            ADJOINT=adjoint, KEEP=kept is not None, **self.blocks, **_WALK[self.plan.exact],
+        )  # fmt: skip
+
+    def finish(self, dsteps: Tensor, ddt: Tensor) -> None:
+        """Write ddt (b, l, h) from the gradient of the step sizes (b, h, blocks, t)."""
+        block_t = 64
+        finish_kernel[(self.b * triton.cdiv(self.l, block_t) * triton.cdiv(self.h, self.block_h),)](
+            dsteps, self.dt, self.dt_bias, ddt, *self.dt.stride(), *strides(self.dt_bias, 1),
+            self.l, dsteps.shape[3], *self.sizes[:2], self.sizes[-1],
+            SOFTPLUS=self.dt_softplus, BLOCKS=self.plan.blocks, BLOCK_T=block_t, BLOCK=self.block_h, num_warps=2,
+        )  # fmt: skip
+
+
+def _pass_states(
+    carry: Tensor, totals: Tensor, entering: Tensor | None, leaving: Tensor | None, backward: bool
+) -> None:
+    b, segments, h, n, p = carry.shape
+    block = 64
+    pass_kernel[(b * h * triton.cdiv(n * p, block),)](
+        carry, totals, entering, leaving, segments, h, n * p,
+        BACKWARD=backward, UNROLL=16, BLOCK=block, num_warps=1,
+    )  # fmt: skip
+
+
+def _plan(x: Tensor, B: Tensor, C: Tensor, chunk: int | None) -> _Plan:
+    l, p = x.shape[1], x.shape[3]
+    exact = x.dtype == torch.float32 or not x.dtype == B.dtype == C.dtype
+    q = min(_CHUNK[exact], max(16, triton.next_power_of_2(min(chunk or _CHUNK[exact], l))))
+    segment, segments = _segments(x)
+    chunks = triton.cdiv(l, q)
+    block_p = min(_BLOCK_P[exact], max(16, triton.next_power_of_2(p)))
+    return _Plan(
+        exact=exact,
+        chunk=q,
+        chunks=chunks,
+        per_segment=segment // q if segments > 1 else chunks,
+        segments=segments,
+        block_n=max(16, triton.next_power_of_2(B.shape[3])),
+        block_p=block_p,
+        blocks=triton.cdiv(p, block_p),
+    )
+
+
+def _segments(x: Tensor) -> tuple[int, int]:
+    """Tokens of a segment, the same for any dtype, and the number of segments."""
+    b, l, h, p = x.shape
+    segment = _SEGMENT
+    while segment > _SHORTEST_SEGMENT and b * h * triton.cdiv(p, 64) * triton.cdiv(l, segment) < _ENOUGH_PROGRAMS:
+        segment //= 2
+    return segment, triton.cdiv(l, segment)
+
+
+def _head_splits(programs: int, heads: int) -> int:
+    """Equal parts of a group's heads, as few as fill the GPU with ``programs`` times as many programs."""
+    return next((s for s in range(1, heads + 1) if heads % s == 0 and programs * s >= _ENOUGH_SUMS), heads)
+
+
+def _skip_strides(D: Tensor | None) -> tuple[int, int]:
+    """Strides of D (h,) or (h, p) over heads and channels."""
+    return (0, 0) if D is None else (D.stride(0), D.stride(1) if D.dim() == 2 else 0)
+
+
+def _transposed(state: Tensor) -> Tensor:
+    """A state (b, h, p, n) as a new contiguous float32 one (b, h, n, p)."""
+    return torch.empty_like(state.transpose(2, 3), dtype=torch.float32, memory_format=torch.contiguous_format).copy_(
+        state.transpose(2, 3)
+    )
+
+
+def _float32(*shape: int, like: Tensor) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device=like.device)
