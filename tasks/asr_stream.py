@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Sequence
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,42 +18,15 @@ from seqssm.mixers import State
 from seqssm.streaming import fingerprint
 from seqssm.tasks.asr import StreamingASR
 from seqssm.tasks.asr_layers import SUBSAMPLING
-from seqssm.tasks.transcripts import Emission, EndpointRules, Result, Segmenter
+from seqssm.tasks.decoding.ctc import GreedyCTC
+from seqssm.tasks.decoding.emissions import Decoder
+from seqssm.tasks.transcripts import EndpointRules, Result, Segmenter
 
 SNAPSHOT_FORMAT = "seqssm-transcriber"
 SNAPSHOT_VERSION = 1
 STATE_PARTS = ("subsampling", "backbone", "lookahead", "upper")
 OPEN_END = 2**62
 """Tokens of a stream that has not ended yet."""
-
-
-class Decoder(Protocol):
-    """Turns what the encoder makes of a stream into tokens, some positions at a time, with a state of its own.
-
-    Attributes:
-        reads: ``log_probs`` (t, v) of the CTC head, or the ``encoded`` tokens (t, d) themselves.
-    """
-
-    reads: Literal["log_probs", "encoded"]
-
-    def advance(self, rows: Tensor) -> None:
-        """Take the next positions."""
-
-    def take(self) -> Sequence[Any]:
-        """Emissions (id, frame, confidence) that will not change and have not been taken yet."""
-
-    @property
-    def partial(self) -> Sequence[Any]:
-        """The best continuation behind them."""
-
-    def settle(self) -> None:
-        """Take the best hypothesis for the only one, so that nothing is left to change."""
-
-    def state(self) -> dict[str, Any]:
-        """Plain data."""
-
-    def load(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`state`."""
 
 
 class StreamingEncoder(nn.Module):
@@ -364,9 +335,9 @@ class SlotTable:
         if slot is None:
             raise UserError(f"all {self.slots} sessions are in use; try again later")
         lookahead_ms = self.task.lookahead_ms[self.task.eval_choice] if lookahead_ms is None else lookahead_ms
-        if decoder is None:
-            decoder = make_decoder(self.task)
-        session = Session(self.encoder, slot, input_rate, lookahead_ms, decoder, rules or EndpointRules())
+        session = Session(
+            self.encoder, slot, input_rate, lookahead_ms, decoder or GreedyCTC(), rules or EndpointRules()
+        )
         self._write_row(slot, self._fresh)
         self.sessions[slot] = session
         return session
@@ -504,45 +475,3 @@ class Transcriber:
     def restore(self, blob: bytes) -> None:
         """Go on from what :meth:`snapshot` gave; raises UserError as :meth:`SlotTable.restore`."""
         self.table.restore(self.session, blob)
-
-
-class GreedyDecoder:
-    """CTC's best path: a token where it begins; its confidence is the best probability while it lasts.
-
-    A token is told as soon as it appears and nothing is ever taken back, so the confidence is that of its first
-    position.
-    """
-
-    reads: Literal["log_probs", "encoded"] = "log_probs"
-    partial: tuple[()] = ()
-
-    def __init__(self) -> None:
-        self._last, self._position = 0, 0
-        self._new: list[Emission] = []
-
-    def advance(self, rows: Tensor) -> None:
-        best, ids = rows.max(-1)
-        for value, token in zip(best.tolist(), ids.tolist(), strict=True):
-            if token and token != self._last:
-                self._new.append(Emission(token, self._position, math.exp(value)))
-            self._last = token
-            self._position += 1
-
-    def take(self) -> list[Emission]:
-        new, self._new = self._new, []
-        return new
-
-    def settle(self) -> None:
-        pass
-
-    def state(self) -> dict[str, Any]:
-        return {"last": self._last, "position": self._position, "new": [list(one) for one in self._new]}
-
-    def load(self, state: dict[str, Any]) -> None:
-        self._last, self._position = state["last"], state["position"]
-        self._new = [Emission(*one) for one in state["new"]]
-
-
-def make_decoder(task: StreamingASR, kind: str = "greedy") -> Decoder:
-    """A decoder for one stream."""
-    return GreedyDecoder()

@@ -5,39 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import IO, Any, Literal, NamedTuple
+from typing import IO, Any, Literal
 
 from seqssm.errors import UserError
+from seqssm.tasks.decoding.emissions import Emission, emissions_of, plain
+from seqssm.tasks.decoding.words import TimedToken, Word, timed_tokens, words
 
 FORMATS = ("text", "json", "srt", "vtt")
 Format = Literal["text", "json", "srt", "vtt"]
-
-
-class Emission(NamedTuple):
-    """A decoded token: its id, the encoder's position at which it was emitted, its probability."""
-
-    id: int
-    frame: int
-    confidence: float
-
-
-@dataclass(frozen=True)
-class Word:
-    """A word with the times in seconds from the start of the stream; confidence is the mean of its tokens'."""
-
-    text: str
-    start_s: float
-    end_s: float
-    confidence: float
-
-
-@dataclass(frozen=True)
-class Token:
-    """A token's text (a space in front begins a word), the time in seconds at which it is heard, its probability."""
-
-    text: str
-    time_s: float
-    confidence: float
 
 
 @dataclass(frozen=True)
@@ -61,7 +36,7 @@ class Result:
     start_s: float
     end_s: float
     words: list[Word] = field(default_factory=list)
-    tokens: list[Token] = field(default_factory=list)
+    tokens: list[TimedToken] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
@@ -109,14 +84,14 @@ class Segmenter:
         return {
             "segment": self._segment,
             "start": self._start,
-            "open": [list(one) for one in self._open],
+            "open": plain(self._open),
             "told": list(self._told),
         }
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on from :meth:`state`."""
         self._segment, self._start = state["segment"], state["start"]
-        self._open = [Emission(*one) for one in state["open"]]
+        self._open = emissions_of(state["open"])
         self._told = (state["told"][0], state["told"][1])
 
     def must_settle(self, stable: Sequence[Emission], partial: Sequence[Emission], position: int) -> bool:
@@ -127,16 +102,16 @@ class Segmenter:
         """Take the newly stable emissions and the unstable rest behind them, with ``position`` positions decoded."""
         self._open += stable
         results = []
-        due = self._due(partial, position)
+        due, end_s = self._due(partial, position), position * self._token_s
         if due == "pause":
-            results += self._close(len(self._open), None)
+            results += self._close(len(self._open), end_s)
             self._start = position
         elif due == "length":
             count = self._whole_words()
             rest = self._open[count:]
-            results += self._close(count, None)
+            results += self._close(count, end_s)
             self._start = rest[0].frame if rest else position
-        results += self._tell(partial)
+        results += self._tell(partial, end_s)
         return results
 
     def finish(self, stable: Sequence[Emission], end_s: float) -> list[Result]:
@@ -164,7 +139,7 @@ class Segmenter:
                 return i
         return len(self._open)
 
-    def _close(self, count: int, end_s: float | None) -> list[Result]:
+    def _close(self, count: int, end_s: float) -> list[Result]:
         taken, self._open = self._open[:count], self._open[count:]
         self._told = ("", "")
         if not self._text(taken):
@@ -173,60 +148,31 @@ class Segmenter:
         self._segment += 1
         return [result]
 
-    def _tell(self, partial: Sequence[Emission]) -> list[Result]:
+    def _tell(self, partial: Sequence[Emission], end_s: float) -> list[Result]:
         """The open segment's partial result, if it says something new."""
         seen = (self._segment, len(self._open), *partial)
         if seen == self._seen:
             return []
         self._seen = seen
-        result = self._result([*self._open, *partial], len(self._open), False, None)
+        result = self._result([*self._open, *partial], len(self._open), False, end_s)
         if (result.text, result.stable) == self._told:
             return []
         self._told = (result.text, result.stable)
         return [result]
 
-    def _result(self, emissions: Sequence[Emission], stable: int, is_final: bool, end_s: float | None) -> Result:
-        words = self._words(emissions, end_s)
-        tokens = [
-            Token(self._tokens[one.id - 1], self._time(one.frame, end_s), round(one.confidence, 4)) for one in emissions
-        ]
-        start_s = words[0].start_s if words else self._time(self._start, end_s)
+    def _result(self, emissions: Sequence[Emission], stable: int, is_final: bool, end_s: float) -> Result:
+        said = words(emissions, self._tokens, self._token_s, end_s)
+        start_s = said[0].start_s if said else min(self._start * self._token_s, end_s)
         return Result(
             self._segment,
             is_final,
             self._text(emissions),
             self._text(emissions[:stable]),
             start_s,
-            words[-1].end_s if words else start_s,
-            words,
-            tokens,
+            said[-1].end_s if said else start_s,
+            said,
+            timed_tokens(emissions, self._tokens, self._token_s, end_s),
         )
-
-    def _time(self, position: int, end_s: float | None) -> float:
-        time_s = round(position * self._token_s, 4)
-        return time_s if end_s is None else min(time_s, end_s)
-
-    def _words(self, emissions: Sequence[Emission], end_s: float | None) -> list[Word]:
-        groups: list[list[Emission]] = []
-        begun = False  # whether the last group still takes tokens
-        for one in emissions:
-            piece = self._tokens[one.id - 1]
-            if piece.startswith(" "):
-                begun = False
-            if piece.strip():
-                if not begun:
-                    groups.append([])
-                groups[-1].append(one)
-                begun = True
-        return [
-            Word(
-                self._text(group),
-                self._time(group[0].frame, end_s),
-                self._time(group[-1].frame + 1, end_s),
-                round(sum(one.confidence for one in group) / len(group), 4),
-            )
-            for group in groups
-        ]
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
