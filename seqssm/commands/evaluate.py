@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
+from seqssm.commands import evaluate_asr
 from seqssm.errors import UserError
 from seqssm.tasks.base import Loaded, build_task, read_checkpoint
 from seqssm.tasks.dna import DNAClassification
@@ -25,10 +26,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, help="windows a forward pass; default: as trained")
     parser.add_argument("--device", default="auto", help="a Lightning accelerator: auto, cpu or cuda")
     parser.add_argument("--seed", type=int, default=0, help="of the baselines and the bootstrap (default: 0)")
+    evaluate_asr.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     loaded = read_checkpoint(args.checkpoint)
+    if evaluate_asr.is_asr(loaded):
+        evaluate_asr.run(loaded, args)
+        return
     evaluate(
         args.checkpoint,
         datamodule=build_datamodule(loaded, args.data, args.batch_size),
@@ -95,6 +100,17 @@ def evaluate(
     from seqssm.tasks.baselines import Windows, default_baselines, run_baselines
 
     loaded = read_checkpoint(checkpoint)
+    if evaluate_asr.is_asr(loaded):
+        return evaluate_asr.evaluate_asr(
+            checkpoint,
+            loaded,
+            datamodule=datamodule,
+            folder=folder,
+            split=split,
+            device=accelerator,
+            seed=seed,
+            command=command,
+        )
     task = build_task(loaded, DNAClassification, checkpoint)
     datamodule.prepare_data()
     datamodule.setup("fit")

@@ -1,8 +1,8 @@
 """Write down what is said in audio files of any length, or in a live stream, with a trained recogniser.
 
 Text goes to standard output, a line a segment; --format and --folder write JSON lines or subtitles. `-` reads WAV or
-raw PCM as it comes, and prints text while it is spoken: `arecord -f S16_LE -r 16000 - | seqssm transcribe - --checkpoint
-NAME`.
+raw PCM as it comes, and prints text while it is spoken:
+`arecord -f S16_LE -r 16000 - | seqssm transcribe - --checkpoint NAME`.
 """
 
 from __future__ import annotations
