@@ -97,8 +97,8 @@ class Beam:
         # Ties go to the sequence that is less, not to the one that was found first.
         scored = sorted(((-one.score, one.ids, one) for one in hypotheses), key=lambda entry: entry[:2])[: self.size]
         kept = [one for cost, _, one in scored if cost <= scored[0][0] + self.margin]
-        if len(kept[0].ids) > self.pending:
-            oldest = kept[0].ids[: len(kept[0].ids) - self.pending]
+        if (beyond := max(len(one.ids) for one in kept) - self.pending) > 0:
+            oldest = kept[0].ids[:beyond]
             kept = [one for one in kept if one.ids[: len(oldest)] == oldest]
         # Scores of hours stay small, and as exact as those of seconds.
         level, paths, bonus = log_add(kept[0].blank, kept[0].token), kept[0].path, kept[0].bonus
