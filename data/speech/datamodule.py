@@ -26,6 +26,7 @@ from seqssm.data.speech.manifests import (
     UtteranceList,
     extra_utterances,
     list_utterances,
+    missing_recordings,
     missing_recordings_error,
 )
 from seqssm.data.speech.report import SpeechReport
@@ -205,21 +206,43 @@ class SpeechDataModule(LightningDataModule):
 
     def _listed(self) -> UtteranceList:
         """Utterances with normalised texts and their splits."""
-        if self._listing is not None:
-            return self._listing
-        listing = list_utterances(self.layout)
-        split, self._split_said = split_utterances(listing.utterances, self.split_plan)
-        placed = [replace(one, split=name) for one, name in zip(listing.utterances, split, strict=True)]
-        for path in self.settings["extra"] or []:
-            placed += extra_utterances(Path(path))
-        self._left_out.update(listing.left_out)
-        self._left_out["utterances marked drop"] += int((split == "drop").sum())
-        listing.utterances = [
-            replace(one, text=self.text.normalise(one.written)) for one in placed if one.split != "drop"
-        ]
-        listing.utterances = self._with_text(listing.utterances)
-        self._listing = listing
-        return listing
+        if self._listing is None:
+            listing = list_utterances(self.layout)
+            split, self._split_said = split_utterances(listing.utterances, self.split_plan)
+            placed = [replace(one, split=name) for one, name in zip(listing.utterances, split, strict=True)]
+            for path in self.settings["extra"] or []:
+                placed += extra_utterances(Path(path))
+            self._left_out.update(listing.left_out)
+            self._left_out["utterances marked drop"] += int((split == "drop").sum())
+            listing.utterances = [
+                replace(one, text=self.text.normalise(one.written)) for one in placed if one.split != "drop"
+            ]
+            self._listing = listing
+        return self._listing
+
+    def _sayable(self) -> list[Utterance]:
+        """The utterances whose text the tokens can spell, and that have one."""
+        utterances, unknown = self._listed().utterances, self.tokenizer.unknown
+        strange: Counter[str] = Counter()  # characters outside the vocabulary
+        odd = []
+        for one in utterances:
+            if found := unknown(one.text):
+                strange.update(found)
+                odd.append(one)
+        if odd and self.text.unknown == "error" and not self.settings["skip_bad"]:
+            named = ", ".join(f"{character!r} ({count})" for character, count in sorted(strange.items())[:20])
+            raise UserError(
+                f"{odd[0].where} ({odd[0].text!r}): characters outside the vocabulary of {self.tokenizer.size} tokens: "
+                f"{named}; set text.unknown to remove, add them to text.characters, or rewrite them by text.replace"
+            )
+        if odd and self.text.unknown == "error":
+            gone = set(map(id, odd))
+            self._left_out["utterances with unknown characters"] += len(odd)
+            utterances = [one for one in utterances if id(one) not in gone]
+        elif odd:
+            without = str.maketrans(dict.fromkeys(strange, ""))
+            utterances = [replace(one, text=" ".join(one.text.translate(without).split())) for one in utterances]
+        return self._with_text(utterances)
 
     def _with_text(self, utterances: list[Utterance]) -> list[Utterance]:
         empty = [one for one in utterances if not one.text]
@@ -233,60 +256,21 @@ class SpeechDataModule(LightningDataModule):
         self._left_out["utterances without text"] += len(empty)
         return [one for one in utterances if one.text]
 
-    def _encoded(self, utterances: list[Utterance]) -> list[np.ndarray | None]:
-        """Tokens of each; None for a text that cannot be said, which is left out."""
-        found: list[np.ndarray | None] = []
-        spoilt: Counter[str] = Counter()
-        first = ""
-        for one in utterances:
-            if unknown := self.tokenizer.unknown(one.text):
-                spoilt.update(unknown)
-                first = first or f"{one.where} ({one.text!r})"
-                found.append(None)
-            else:
-                found.append(np.array(self.tokenizer.encode(one.text), np.int64))
-        if not spoilt:
-            return found
-        if self.text.unknown == "remove":
-            bad = [one for one, tokens in zip(utterances, found, strict=True) if tokens is None]
-            cleaned = {id(one): "".join(c for c in one.text if c not in spoilt) for one in bad}
-            return [
-                np.array(self.tokenizer.encode(" ".join(cleaned[id(one)].split())), np.int64)
-                if tokens is None
-                else tokens
-                for one, tokens in zip(utterances, found, strict=True)
-            ]
-        if not self.settings["skip_bad"]:
-            named = ", ".join(f"{character!r} ({count})" for character, count in sorted(spoilt.items())[:20])
-            raise UserError(
-                f"{first}: characters outside the vocabulary of {self.tokenizer.size} tokens: {named}; set "
-                "text.unknown to remove, add them to text.characters, or rewrite them by text.replace"
-            )
-        self._left_out["utterances with unknown characters"] += sum(tokens is None for tokens in found)
-        return found
-
     def _divided(self) -> dict[str, SplitUtterances]:
         if self._splits:
             return self._splits
-        settings = self.settings
-        utterances = self._listed().utterances
-        missing = self._listed().missing()
+        settings, utterances = self.settings, self._sayable()
+        missing = missing_recordings(utterances)
+        if missing and not settings["skip_bad"]:
+            raise missing_recordings_error(missing, self.layout.path)
         if missing:
-            if not settings["skip_bad"]:
-                raise missing_recordings_error(missing, self.layout.path)
             gone = {one.path for one in missing}
             self._left_out["missing recordings"] += len(missing)
             utterances = [one for one in utterances if one.path not in gone]
-        encoded = self._encoded(utterances)
-        known = [(one, t) for one, t in zip(utterances, encoded, strict=True) if t is not None]
-        if not known:
+        if not utterances:
             raise UserError(f"{self.layout.path}: no utterance is left")
-        return self._decoded([one for one, _ in known], [tokens for _, tokens in known])
-
-    def _decoded(self, utterances: list[Utterance], tokens: list[np.ndarray]) -> dict[str, SplitUtterances]:
-        settings = self.settings
         clips = [one.clip for one in utterances]
-        position = {(clip.path, clip.start_s, clip.end_s): i for i, clip in enumerate(clips)}
+        of = {id(clip): one for clip, one in zip(clips, utterances, strict=True)}
         store = ClipStore(
             clips,
             settings["features"].sample_rate,
@@ -296,40 +280,36 @@ class SpeechDataModule(LightningDataModule):
         )
         self._left_out.update(store.left_out)
         self._store = store
-        of = [position[clip.path, clip.start_s, clip.end_s] for clip in store.clips]  # unreadable ones are left out
-        split = np.array([utterances[i].split for i in of], object)
-        self._leave_out(split, store, [tokens[i] for i in of])
+        utterances = [of[id(clip)] for clip in store.clips]  # without unreadable ones
+        tokens = [np.array(self.tokenizer.encode(one.text), np.int64) for one in utterances]
+        split = np.array([one.split for one in utterances], object)
+        self._leave_out(split, store, tokens)
         space = np.array(self.tokenizer.encode(" "), np.int64) if _has_space(self.tokenizer) else np.zeros(0, np.int64)
         for name in SPLITS:
             numbers = np.flatnonzero(split == name)
             if len(numbers):
-                chosen = [of[i] for i in numbers]
-                self._splits[name] = SplitUtterances(
-                    store, numbers, [utterances[i] for i in chosen], [tokens[i] for i in chosen], space
-                )
+                chosen, theirs = [utterances[i] for i in numbers], [tokens[i] for i in numbers]
+                self._splits[name] = SplitUtterances(store, numbers, chosen, theirs, space)
         return self._splits
 
     def _leave_out(self, split: np.ndarray, store: ClipStore, tokens: list[np.ndarray]) -> None:
-        """Mark train utterances as dropped that are too long, too short or in validation or test as well."""
+        """Mark train utterances as dropped that are too long, too short, or in validation or test as well."""
         settings = self.settings
         features, augment = settings["features"], settings["augment"]
         fastest = max(augment.speeds) if augment else 1.0
-        train = np.flatnonzero(split == "train")
-        long = [i for i in train if store.seconds[i] > settings["max_utterance_s"]]
-        short = [
-            i
-            for i in train
-            if features.frames(int(store.scans[i].samples / fastest)) < settings["frames_per_token"] * _steps(tokens[i])
-        ]
+        frames = np.array([features.frames(int(scan.samples / fastest)) for scan in store.scans])
         held_out = {store.scans[i].digest for i in np.flatnonzero((split == "val") | (split == "test"))} - {""}
-        shared = [i for i in train if settings["drop_shared"] and store.scans[i].digest in held_out]
         for reason, chosen in (
-            (f"train utterances longer than {settings['max_utterance_s']:g} s", long),
-            ("train utterances too short for their text", short),
-            ("train utterances that also stand in validation or test", shared),
-        ):
-            self._left_out[reason] += int((split[chosen] == "train").sum())
-            split[chosen] = "drop"
+            (f"train utterances longer than {settings['max_utterance_s']:g} s",
+             store.seconds > settings["max_utterance_s"]),
+            ("train utterances too short for their text",
+             frames < settings["frames_per_token"] * np.array([_steps(one) for one in tokens])),
+            ("train utterances that also stand in validation or test",
+             np.array([settings["drop_shared"] and scan.digest in held_out for scan in store.scans])),
+        ):  # fmt: skip
+            left_out = chosen & (split == "train")
+            self._left_out[reason] += int(left_out.sum())
+            split[left_out] = "drop"
 
     def _split(self, name: str) -> SplitUtterances:
         splits = self._divided()

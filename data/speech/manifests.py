@@ -83,11 +83,6 @@ class UtteranceList:
     utterances: list[Utterance]
     left_out: Counter[str] = field(default_factory=Counter)
 
-    def missing(self) -> list[Utterance]:
-        """Utterances whose file does not exist."""
-        exists = {path: path.is_file() for path in {one.path for one in self.utterances}}
-        return [one for one in self.utterances if not exists[one.path]]
-
 
 def list_utterances(layout: SpeechLayout) -> UtteranceList:
     """Recognise the layout and list its utterances, without opening a recording.
@@ -193,11 +188,12 @@ def _list_manifest(layout: SpeechLayout) -> UtteranceList:
     if table is None:
         raise UserError(f"{layout.path} has no single manifest (manifest.tsv): set path to the manifest itself")
     root = layout.root or table.parent
-    utterances, columns = [], None
+    utterances = []
+    header: list[str] = []
     for where, row in manifest_rows(table):
-        if columns is None or not {columns[0], columns[1]} <= row.keys():
-            columns = _columns(row, layout, where)
-        path, text, speaker = columns
+        if list(row) != header:  # that of a JSONL file may change from line to line
+            header = list(row)
+            path, text, speaker = _columns(row, layout, where)
         start_s, end_s = _part(row, where)
         utterances.append(
             Utterance(
@@ -344,6 +340,12 @@ def extra_utterances(path: Path) -> list[Utterance]:
     listing = list_utterances(SpeechLayout(path))
     marked = any(one.split for one in listing.utterances)
     return [replace(one, split="train") for one in listing.utterances if one.split == "train" or not marked]
+
+
+def missing_recordings(utterances: Sequence[Utterance]) -> list[Utterance]:
+    """Those whose file does not exist."""
+    exists = {path: path.is_file() for path in {one.path for one in utterances}}
+    return [one for one in utterances if not exists[one.path]]
 
 
 def missing_recordings_error(missing: Sequence[Utterance], where: Path) -> UserError:

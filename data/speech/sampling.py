@@ -155,14 +155,16 @@ class TrainingBatches(Dataset[list[SpeechSample]]):
 
     def _items(self, rng: np.random.Generator, draw: int) -> list[Item]:
         augment, order = self.augment, rng.permutation(len(self.split)).tolist()
+        speeds = rng.choice(augment.speeds, len(order)).tolist()
+        joined = (rng.random(len(order)) < augment.join).tolist()
         longest_s = min(augment.join_s, self.batch_seconds)
         items: list[Item] = []
         while order:
-            speed = float(rng.choice(augment.speeds))
+            speed = speeds[len(items)]
             members = [order.pop()]
             gaps: list[float] = []
             seconds = self._seconds[members[0]] / speed
-            if rng.random() < augment.join:
+            if joined[len(items)]:
                 gaps = [float(rng.uniform(*augment.gap_s)) for _ in range(2)]
                 seconds += sum(gaps)
                 while order:

@@ -114,8 +114,11 @@ class SentencePieceTokenizer:
             self._processor = _sentencepiece().SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
             raise UserError("this is not a sentencepiece model: train it, or correct tokenizer.model") from error
-        pieces = [self._processor.id_to_piece(number) for number in range(self._processor.get_piece_size())]
-        self._tokens = [piece.replace("\u2581", " ") for piece in pieces]
+        special = (self._processor.is_unknown, self._processor.is_control)
+        self._tokens = [
+            "" if any(one(number) for one in special) else self._processor.id_to_piece(number).replace("\u2581", " ")
+            for number in range(self._processor.get_piece_size())
+        ]
         self._characters = set("".join(self._tokens))
 
     @classmethod
@@ -142,7 +145,7 @@ class SentencePieceTokenizer:
                 minloglevel=2,
             )
         except (RuntimeError, OSError) as error:
-            reason = str(error).rpartition(": ")[2].rpartition(") ")[2].strip()
+            reason = str(error).rpartition(")] ")[2] or "sentencepiece cannot be trained on them"
             raise UserError(f"tokenizer.size {size} does not fit the training texts: {reason}") from error
         return cls(written.getvalue())
 
