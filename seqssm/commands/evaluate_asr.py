@@ -23,7 +23,8 @@ from seqssm.tasks.asr_evaluation import (
     hear,
     score_long_stream,
 )
-from seqssm.tasks.asr_stream import Transcriber
+from seqssm.tasks.asr_load import simulate_sessions
+from seqssm.tasks.asr_stream import SlotTable, Transcriber
 from seqssm.tasks.base import Loaded, build_task, class_path, load_task
 
 
@@ -69,6 +70,8 @@ def run(loaded: Loaded, args: argparse.Namespace) -> None:
         stream_minutes=args.stream_minutes,
         stretch_minutes=args.stretch_minutes,
         gap_s=_gap(args.gap_s),
+        sessions=args.sessions,
+        sessions_s=args.sessions_s,
     )
 
 
@@ -141,6 +144,8 @@ def evaluate_asr(
     stream_minutes: float | None = None,
     stretch_minutes: float = 10.0,
     gap_s: tuple[float, float] = (0.5, 2.0),
+    sessions: int | None = None,
+    sessions_s: float = 30.0,
 ) -> dict[str, Any]:
     """Stream a split through a recogniser, print the report, and write it.
 
@@ -159,6 +164,7 @@ def evaluate_asr(
         packets: sizes in samples that are to give the same bytes.
         aligner: a checkpoint for the forced alignment; the one that is scored by default.
         stream_minutes, stretch_minutes, gap_s: of the long stream; None for none.
+        sessions, sessions_s: clients at once, and seconds that each speaks; None for none.
     """
     if device in ("auto", "gpu"):
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -220,6 +226,12 @@ def evaluate_asr(
                 seed=seed,
                 advance=advance,
             )
+    if sessions is not None:
+        table = SlotTable(task, sessions, chunk_ms)
+        sounds = [datamodule.samples(split, i) for i in range(min(len(utterances), 100))]
+        clients: dict[str, Any] = {"packet_ms": packet_ms, "lookahead_ms": lookahead, "seed": seed}
+        simulate_sessions(table, sounds, rate, seconds=2 * chunk_ms / 1000, **clients)  # compiles
+        report["live_sessions"] = simulate_sessions(table, sounds, rate, seconds=sessions_s, **clients)
     text = to_markdown(report)
     print(text)
     if folder is not None:
@@ -288,6 +300,16 @@ def to_markdown(report: dict[str, Any]) -> str:
             f"one); by {one['stretch_minutes']:g} minutes: {stretches}. Snapshot: {one['snapshot_bytes']['first']:,} "
             f"bytes at first, {one['snapshot_bytes']['largest']:,} at most. Real-time factor "
             f"{one['real_time_factor']:.4f}.",
+        ]
+    if "live_sessions" in report:
+        one = report["live_sessions"]
+        latency = one["latency_ms"]
+        lines += [
+            "",
+            f"{one['sessions']} live sessions at once for {one['seconds']:g} s, packets of {one['packet_ms']:g} ms: "
+            f"latency beyond the lookahead P50 {latency['p50']:.0f}, P90 {latency['p90']:.0f}, P99 "
+            f"{latency['p99']:.0f}, largest {latency['max']:.0f} ms; a step takes {one['step_ms']:.1f} ms, one thread "
+            f"is busy {one['busy']:.0%} of the time.",
         ]
     if report["command"]:
         lines += ["", f"`{report['command']}`"]
