@@ -48,6 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--gap-s", default="0.5,2", help="least and greatest gap between its utterances (default: 0.5,2)"
     )
+    group.add_argument("--sessions", type=int, help="also serve so many live clients at once, and report their latency")
+    group.add_argument("--sessions-s", type=float, default=30.0, help="that each of them speaks (default: 30)")
 
 
 def run(loaded: Loaded, args: argparse.Namespace) -> None:
