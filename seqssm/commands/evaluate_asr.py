@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from seqssm.commands.transcribe import add_decoding_arguments, add_stream_arguments, decoding_config
+from seqssm.commands.transcribe import add_decoding_arguments, add_stream_arguments, decoding_config, set_threads
 from seqssm.data.progress import progress_bar
 from seqssm.errors import UserError
 from seqssm.files import atomic_write
@@ -54,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(loaded: Loaded, args: argparse.Namespace) -> None:
     """`seqssm evaluate` of a recogniser."""
+    set_threads(args)
     evaluate_asr(
         args.checkpoint,
         loaded,
