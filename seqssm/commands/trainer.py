@@ -96,6 +96,6 @@ class TaskCLI(LightningCLI):
 
 def _attribute(name: str, datamodule: pl.LightningDataModule) -> Any:
     value = getattr(datamodule, name, None)
-    if hasattr(value, "to_dict"):
+    if value is not None and hasattr(value, "to_dict"):
         return value.to_dict()
     return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value

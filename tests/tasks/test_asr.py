@@ -109,7 +109,7 @@ def test_the_transducer_loss_is_that_of_all_alignments_also_with_more_tokens_tha
     assert history.tolist() == [[[0, 0], [0, 2], [2, 3], [3, 4]]]
     logits = task.joiner(encoding.encoded[:, :, None], task.predictor(history)[:, None])
     expected = brute_force_transducer(logits[0].log_softmax(-1), [2, 3, 4]) / 3
-    assert float(task.losses(one, 1)["rnnt"]) == pytest.approx(expected, rel=1e-4)
+    assert task.losses(one, 1)["rnnt"].item() == pytest.approx(expected, rel=1e-4)
     assert task.losses(one, 1)["ctc"] == 0  # CTC cannot spell it
     assert not spellable(task.subsampling.tokens(one.lengths), one.tokens, one.token_lengths).any()
 
