@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 TOOLS = {
     "classify": "label the sequences of a FASTA file with a trained DNA classifier",
     "tag": "say what is heard in audio files or a live stream, and when, with a trained tagger",
+    "transcribe": "write down what is said in audio files or a live stream, with a trained recogniser",
     "evaluate": "score a checkpoint on held-out data, with intervals, beside honest baselines",
     "bench": "time the kernels and models on this machine",
 }

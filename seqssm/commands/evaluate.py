@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from seqssm.commands import evaluate_asr, evaluate_tagging
 from seqssm.errors import UserError
 from seqssm.tasks.base import Loaded, read_checkpoint, task_class
 from seqssm.tasks.tagging import AudioTagging
@@ -26,26 +27,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="which to fit beside it, between commas: all, none, or their names, such as 'majority,k-mers'",
     )
     parser.add_argument("--batch-size", type=int, help="windows or clips a forward pass; default: as trained")
-    parser.add_argument("--epochs", type=int, help="of an audio tagger's CNN baseline; default: as many as the model's")
     parser.add_argument("--device", default="auto", help="a Lightning accelerator: auto, cpu or cuda")
     parser.add_argument("--seed", type=int, default=0, help="of the baselines and the bootstrap (default: 0)")
-    probes = parser.add_argument_group("audio taggers, in place of the evaluation")
-    probes.add_argument(
-        "--lengths", help="accuracy against the length of what is heard, such as 1,2,5,10,30,60 seconds"
-    )
-    probes.add_argument("--needle", metavar="CLASS", help="hide a clip of this class in an hour of others, and find it")
-    probes.add_argument("--needle-s", type=float, default=3600.0, help="seconds of the whole (default: 3600)")
-    probes.add_argument("--needle-count", type=int, default=1, help="clips to hide, one after another (default: 1)")
-    probes.add_argument("--background", help="classes of the others, between commas; default: all others")
+    evaluate_tagging.add_arguments(parser)
+    evaluate_asr.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     loaded = read_checkpoint(args.checkpoint)
+    if evaluate_asr.is_asr(loaded):
+        evaluate_asr.run(loaded, args)
+        return
     datamodule = build_datamodule(loaded, args.data, args.batch_size)
     if args.lengths or args.needle:
-        from seqssm.commands.evaluate_tagging import probe
-
-        probe(loaded, args, datamodule)
+        evaluate_tagging.probe(loaded, args, datamodule)
         return
     evaluate(
         args.checkpoint,
@@ -106,12 +101,12 @@ def evaluate(
     """Predict a split, fit the baselines on the same training examples, print the table and write the report.
 
     Args:
-        checkpoint: a Lightning ``.ckpt`` or a folder in hub format, of a :class:`DNAClassification` or an
-            :class:`AudioTagging`.
+        checkpoint: a Lightning ``.ckpt`` or a folder in hub format, of any task.
         datamodule: gives the examples of every split.
         folder: where ``metrics.json``, ``evaluation.md`` and the figures go; None writes nothing.
         split: ``test`` or ``val``.
-        baselines: which to fit and score: ``all``, ``none``, or names between commas.
+        baselines: which to fit and score: ``all``, ``none``, or names between commas; none stand beside a
+            recogniser.
         accelerator: as Lightning names it.
         seed: of the baselines and the bootstrap.
         command: what the user typed, for the report.
@@ -122,15 +117,14 @@ def evaluate(
         "datamodule": datamodule,
         "folder": folder,
         "split": split,
-        "baselines": baselines,
-        "accelerator": accelerator,
         "seed": seed,
         "command": command,
     }
+    if evaluate_asr.is_asr(loaded):
+        return evaluate_asr.evaluate_asr(checkpoint, loaded, **arguments, device=accelerator)
+    arguments |= {"baselines": baselines, "accelerator": accelerator}
     if issubclass(task_class(loaded, checkpoint), AudioTagging):
-        from seqssm.commands.evaluate_tagging import evaluate_tagging
-
-        return evaluate_tagging(loaded, checkpoint, **arguments, epochs=epochs)
+        return evaluate_tagging.evaluate_tagging(loaded, checkpoint, **arguments, epochs=epochs)
     from seqssm.commands.evaluate_dna import evaluate_dna
 
     return evaluate_dna(loaded, checkpoint, **arguments)

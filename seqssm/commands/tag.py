@@ -9,18 +9,18 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from seqssm.commands.interrupts import until_interrupted
 from seqssm.data.audio.live import ENCODINGS, LiveAudio
 from seqssm.data.audio.reading import blocks, open_audio
 from seqssm.errors import UserError
@@ -31,7 +31,6 @@ from seqssm.tasks.tag_report import Overview, overview_png, playable, report_htm
 from seqssm.tasks.tagging import AudioTagging
 from seqssm.tasks.tagging_stream import LiveTagger, Tagger, TagScores, make_tagger
 
-T = TypeVar("T")
 BLOCK_S = 10.0
 CLIPPED_SHARE = 1e-3
 
@@ -245,7 +244,7 @@ def _live(args: argparse.Namespace, task: AudioTagging) -> None:
         listener = Listener(args, task)
         tagger = LiveTagger(task, audio.rate, args.chunk_ms / 1000)
         write = stack.enter_context(_event_files(args, name))
-        for samples in stack.enter_context(_until_interrupted(audio)):
+        for samples in stack.enter_context(until_interrupted(audio)):
             _tell(listener.hear(tagger.accept(samples)), write, args.jsonl)
         _tell(listener.hear(tagger.flush()), write, args.jsonl)
         _tell(listener.detector.flush(), write, args.jsonl)
@@ -253,42 +252,6 @@ def _live(args: argparse.Namespace, task: AudioTagging) -> None:
         _note(f"{audio.name}: {audio.repaired:,} samples were NaN or infinite, and taken for silence")
     for label, p, threshold in listener.tags(args.top_k):
         _note(f"of all that was heard: {label} {p:.4f} (threshold {threshold:.4f})")
-
-
-@contextmanager
-def _until_interrupted(packets: Iterable[T]) -> Iterator[Iterator[T]]:
-    """The packets; an interrupt ends them as the end of the stream would, once what came in has been heard."""
-    waiting = asked = False
-
-    def interrupt(*_: object) -> None:
-        nonlocal asked
-        if waiting or asked:
-            raise KeyboardInterrupt
-        asked = True
-
-    def until() -> Iterator[T]:
-        nonlocal waiting, asked
-        source = iter(packets)
-        while not asked:
-            try:
-                waiting = True
-                packet = next(source)
-            except (StopIteration, KeyboardInterrupt):
-                asked = True
-                return
-            finally:
-                waiting = False
-            yield packet
-
-    try:
-        before = signal.signal(signal.SIGINT, interrupt)
-    except ValueError:  # not in the main thread, where interrupts arrive
-        yield until()
-        return
-    try:
-        yield until()
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _tell(changes: list[Change], write: Callable[[list[Change]], None], jsonl: bool) -> None:

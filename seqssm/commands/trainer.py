@@ -12,14 +12,16 @@ import lightning.pytorch as pl
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 import seqssm.data.audio.datamodule  # imports every DataModule: the parser knows short names of imported classes
+import seqssm.data.speech.datamodule
 import seqssm.data.synthetic
+import seqssm.tasks.asr
 import seqssm.tasks.dna  # the same for tasks
 import seqssm.tasks.tagging  # noqa: F401
 from seqssm.errors import UserError
 from seqssm.tasks.base import Task, read_checkpoint
 
 COMMANDS = ("fit", "validate", "test", "predict")
-FROM_DATA = ("labels", "multi_label", "features")
+FROM_DATA = ("labels", "multi_label", "features", "tokenizer", "text")
 """Arguments of a model that are the data's to say; those that a task does not take are left out."""
 
 
@@ -94,4 +96,6 @@ class TaskCLI(LightningCLI):
 
 def _attribute(name: str, datamodule: pl.LightningDataModule) -> Any:
     value = getattr(datamodule, name, None)
+    if value is not None and hasattr(value, "to_dict"):
+        return value.to_dict()
     return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value

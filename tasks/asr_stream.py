@@ -1,0 +1,477 @@
+"""Speech recognition of sound that is still going on: exact, in constant memory, many sessions at once."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from seqssm.data.features import fbank
+from seqssm.data.resampling import StreamingResampler
+from seqssm.errors import UserError
+from seqssm.mixers import State
+from seqssm.streaming import fingerprint
+from seqssm.tasks.asr import StreamingASR
+from seqssm.tasks.asr_layers import SUBSAMPLING
+from seqssm.tasks.decoding.ctc import GreedyCTC
+from seqssm.tasks.decoding.emissions import Decoder
+from seqssm.tasks.transcripts import EndpointRules, Result, Segmenter
+
+SNAPSHOT_FORMAT = "seqssm-transcriber"
+SNAPSHOT_VERSION = 1
+STATE_PARTS = ("subsampling", "backbone", "lookahead", "upper")
+OPEN_END = 2**62
+"""Tokens of a stream that has not ended yet."""
+
+
+class StreamingEncoder(nn.Module):
+    """Chunks of samples to encoded tokens and CTC log-probabilities, for a table of streams with states.
+
+    The output lags behind the input by the lookahead. A row's output depends on that row alone.
+
+    Args:
+        task: in evaluation mode.
+        chunk: tokens a chunk.
+    """
+
+    def __init__(self, task: StreamingASR, chunk: int) -> None:
+        super().__init__()
+        self.task, self.chunk = task, chunk
+        config = task.features
+        self.step_samples = chunk * SUBSAMPLING * config.hop_samples
+        self.span_samples = self.step_samples - config.hop_samples + config.frame_samples
+        # Where a lookahead is no multiple of the chunk, the upper layers begin in the middle of one.
+        self._ragged = any(delay % chunk for delay in task.lookahead.menu)
+        self.register_buffer("delays", torch.tensor(task.lookahead.menu), persistent=False)
+        self.train(task.training)
+
+    delays: Tensor
+
+    def init_state(self, batch: int) -> State:
+        """The state before the first sample."""
+        task = self.task
+        parts = (
+            task.subsampling.init_state(batch),
+            task.backbone.init_state(batch),
+            task.lookahead.init_state(batch),
+            {} if task.upper is None else task.upper.init_state(batch),
+        )
+        return {f"{name}.{k}": v for name, part in zip(STATE_PARTS, parts, strict=True) for k, v in part.items()}
+
+    @torch.no_grad()
+    def forward(
+        self, samples: Tensor, frames: Tensor, position: Tensor, total: Tensor, choice: Tensor, state: State
+    ) -> tuple[Tensor, Tensor, State]:
+        """Advance the rows whose ``position`` is not negative; the others keep their state.
+
+        Args:
+            samples: (b, span) at the model's rate.
+            frames: (b,) of them that are real; fewer than a chunk's at the end of a stream alone.
+            position: (b,) tokens read before; -1 for a row that waits.
+            total: (b,) tokens of the whole stream, ``OPEN_END`` until they are known.
+            choice: (b,) position in the task's ``lookahead_ms``.
+            state: what the previous chunk returned.
+
+        Returns:
+            encoded (b, c, d), log-probabilities (b, c, v) and the state. Column i is the token
+            ``position - lookahead + i``, if there is one.
+        """
+        task, device = self.task, samples.device
+        stem, below, ahead, above = (
+            {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
+            for name in STATE_PARTS
+        )
+        features = fbank(samples, task.features)
+        padding = torch.arange(features.shape[1], device=device) >= frames[:, None]
+        x, stem = task.subsampling(features.masked_fill(padding[..., None], 0), stem)
+        x, below = task.backbone(x, below)
+        column = torch.arange(self.chunk, device=device)
+        y, ahead = task.lookahead.advance(x, choice, position[:, None] + column < total[:, None], ahead)
+        if task.upper is not None:
+            index = position[:, None] - self.delays[choice][:, None] + column  # (b, c) tokens
+            begun = (index >= 0).to(torch.int32) if self._ragged else None
+            y, above = task.upper(y, above, seq_idx=begun)
+            above = _keep(index[:, -1] < 0, state, above, "upper.")
+        parts = (stem, below, ahead, above)
+        new_state = {f"{name}.{k}": v for name, part in zip(STATE_PARTS, parts, strict=True) for k, v in part.items()}
+        return y, task.score(y), _keep(position < 0, state, new_state, "")
+
+
+def _keep(rows: Tensor, old: State, new: State, prefix: str) -> State:
+    """The new state, but the old one in these rows."""
+    return {
+        key: torch.where(rows.view(-1, *(1,) * (value.dim() - 1)), old[prefix + key], value)
+        for key, value in new.items()
+    }
+
+
+class Session:
+    """One stream: samples of any packet size in, results out. :meth:`SlotTable.open` makes it.
+
+    Attributes:
+        input_rate: Hz, of the samples.
+        lookahead_ms: of the model.
+        ended: whether :meth:`finish` was called.
+        done: whether all results are there.
+    """
+
+    def __init__(
+        self,
+        encoder: StreamingEncoder,
+        slot: int,
+        input_rate: int,
+        lookahead_ms: int,
+        decoder: Decoder,
+        rules: EndpointRules,
+    ) -> None:
+        task = encoder.task
+        self._encoder, self.slot, self.input_rate, self.lookahead_ms = encoder, slot, input_rate, lookahead_ms
+        self.choice = task.menu_position(lookahead_ms)
+        self.delay = task.lookahead.menu[self.choice]
+        self._resampler = StreamingResampler(input_rate, task.features.sample_rate)
+        self.decoder = decoder
+        self._segmenter = Segmenter(task.tokenizer.tokens, task.token_s, rules)
+        self._packets: list[np.ndarray] = []  # resampled, not yet part of a chunk
+        self._waiting = 0  # samples in them
+        self._accepted = 0  # samples that came in
+        self._resampled = 0
+        self.position = 0  # tokens that the model has read
+        self.total = OPEN_END
+        self.ended = self.done = False
+        self._results: list[Result] = []
+
+    @property
+    def waiting_s(self) -> float:
+        """Seconds of sound that the model has not read yet."""
+        return self._waiting / self._encoder.task.features.sample_rate
+
+    @property
+    def accepted_s(self) -> float:
+        """Seconds of sound that came in."""
+        return self._accepted / self.input_rate
+
+    def accept(self, samples: np.ndarray | Tensor) -> None:
+        """Take the next samples, (n,) or (channels, n): floats between -1 and 1, or 16-bit integers.
+
+        Raises:
+            UserError: they are of another kind, or NaN or infinite; none of the packet is taken then.
+            ValueError: the stream has ended.
+        """
+        if self.ended:
+            raise ValueError("the stream has ended with finish()")
+        packet = self._resampler.accept(_mono(samples, self._accepted))
+        self._accepted += np.shape(samples)[-1]
+        self._append(packet)
+
+    def _append(self, packet: np.ndarray) -> None:
+        if len(packet):
+            self._packets.append(packet)
+            self._waiting += len(packet)
+            self._resampled += len(packet)
+
+    def finish(self) -> None:
+        """The stream has ended: what is still inside the model will come out."""
+        if self.ended:
+            return
+        self._append(self._resampler.flush())
+        self.ended = True
+        frames = self._encoder.task.features.frames(self._resampled)
+        self.total = -(-frames // SUBSAMPLING)
+        if not self.total:
+            self._close()
+
+    def take(self) -> list[Result]:
+        """The results that have not been taken yet, in order."""
+        results, self._results = self._results, []
+        return results
+
+    # ---- for the table -----------------------------------------------------------------------------------------------
+
+    @property
+    def ready(self) -> bool:
+        """Whether the model can read a chunk."""
+        return not self.done and (self.ended or self._waiting >= self._encoder.span_samples)
+
+    def next_chunk(self, row: np.ndarray) -> int:
+        """Write the next chunk's samples into row (span,), zero behind the end; gives the number of real frames."""
+        encoder = self._encoder
+        self._packets = [np.concatenate(self._packets)] if len(self._packets) > 1 else self._packets
+        samples = self._packets[0] if self._packets else np.zeros(0, np.float32)
+        count = min(len(samples), encoder.span_samples)
+        row[:count], row[count:] = samples[:count], 0
+        rest = samples[encoder.step_samples :]
+        self._packets, self._waiting = ([rest] if len(rest) else []), len(rest)
+        frames = encoder.chunk * SUBSAMPLING
+        if not self.ended:
+            return frames
+        left = encoder.task.features.frames(self._resampled) - self.position * SUBSAMPLING
+        return min(max(left, 0), frames)
+
+    def take_chunk(self, rows: Tensor) -> None:
+        """What the model made of the chunk, (c, ...), goes to the decoder."""
+        first = self.position - self.delay
+        self.position += self._encoder.chunk
+        last = min(self.position - self.delay, self.total)
+        if last > max(first, 0):
+            self.decoder.advance(rows[max(-first, 0) : last - first])
+            if last < self.total:
+                stable = list(self.decoder.take())
+                if self._segmenter.must_settle(stable, self.decoder.partial, last):
+                    self.decoder.settle()
+                    stable += self.decoder.take()
+                self._results += self._segmenter.advance(stable, self.decoder.partial, last)
+        if last >= self.total:
+            self._close()
+
+    def _close(self) -> None:
+        self.decoder.settle()
+        self._results += self._segmenter.finish(list(self.decoder.take()), self.accepted_s)
+        self.done = True
+
+    def state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """All that is not in the table: plain data, and arrays."""
+        resampler = self._resampler.snapshot()
+        plain = {
+            "accepted": self._accepted,
+            "resampled": self._resampled,
+            "position": self.position,
+            "total": self.total,
+            "ended": self.ended,
+            "done": self.done,
+            "decoder": self.decoder.state(),
+            "segmenter": self._segmenter.state(),
+            "resampler": {key: value for key, value in resampler.items() if key != "input"},
+        }
+        samples = np.concatenate(self._packets) if self._packets else np.zeros(0, np.float32)
+        return plain, {"samples": samples, "input": np.asarray(resampler["input"], np.float32)}
+
+    def load(self, plain: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+        """Go on from :meth:`state`."""
+        self._accepted, self._resampled = plain["accepted"], plain["resampled"]
+        self.position, self.total = plain["position"], plain["total"]
+        self.ended, self.done = plain["ended"], plain["done"]
+        self.decoder.load(plain["decoder"])
+        self._segmenter.load(plain["segmenter"])
+        self._resampler.restore({**plain["resampler"], "input": arrays["input"]})
+        self._packets = [arrays["samples"].copy()] if len(arrays["samples"]) else []
+        self._waiting = len(arrays["samples"])
+
+
+def _mono(samples: np.ndarray | Tensor, before: int) -> np.ndarray:
+    """(n,) float32; ``before`` samples came earlier."""
+    array = samples.numpy() if isinstance(samples, Tensor) else np.asarray(samples)
+    if array.dtype == np.int16:
+        array = array.astype(np.float32) / 32768
+    elif array.dtype.kind != "f":
+        raise UserError(f"samples must be floats between -1 and 1 or 16-bit integers, got {array.dtype}")
+    if array.ndim not in (1, 2):
+        raise UserError(f"samples must be (n,) or (channels, n), got {array.shape}")
+    if not np.isfinite(array).all():
+        at = int(np.argmin(np.isfinite(array.reshape(-1, array.shape[-1])).all(0)))
+        raise UserError(f"sample {before + at} is NaN or infinite; the packet was not taken")
+    if array.ndim == 2:
+        array = array.mean(0, dtype=np.float32)
+    return array.astype(np.float32)
+
+
+class SlotTable:
+    """Streams that advance together, one batched step at a time, each in a slot of its own.
+
+    Every step has the same shape, whoever is there, so that a session's text depends neither on its neighbours nor on
+    when they come and go. Tables of other sizes round differently: their texts may differ where two are all but equal.
+
+    Args:
+        task: in evaluation mode.
+        slots: sessions at most.
+        chunk_ms: sound that the model reads at once, rounded to whole tokens: the grid of all results.
+
+    Attributes:
+        sessions: those that are open, by slot.
+        state_bytes: memory of a session's state in the model; it never grows.
+    """
+
+    def __init__(self, task: StreamingASR, slots: int = 1, chunk_ms: float = 160.0) -> None:
+        if task.training:
+            raise ValueError("a stream needs the model in evaluation mode: call task.eval()")
+        if slots < 1:
+            raise UserError(f"a table needs a slot at least, got {slots}")
+        self.task, self.slots = task, slots
+        self.chunk = max(1, round(chunk_ms / 1000 / task.token_s))
+        self.encoder = StreamingEncoder(task, self.chunk).to(task.device).eval()
+        self.sessions: dict[int, Session] = {}
+        self._state = self.encoder.init_state(slots)
+        self._fresh = {key: value[:1].clone() for key, value in self._state.items()}
+        self._samples = np.zeros((slots, self.encoder.span_samples), np.float32)
+        self._fingerprint: str | None = None
+
+    @property
+    def state_bytes(self) -> int:
+        return sum(value.nbytes for value in self._fresh.values())
+
+    def open(
+        self,
+        input_rate: int,
+        lookahead_ms: int | None = None,
+        decoder: Decoder | None = None,
+        rules: EndpointRules | None = None,
+    ) -> Session:
+        """Begin a stream.
+
+        Args:
+            input_rate: Hz, of its samples.
+            lookahead_ms: one of those that the model was trained with; by default that of its validation.
+            decoder: its own; greedy CTC by default.
+            rules: where its text is cut.
+
+        Raises:
+            UserError: all slots are taken, or the rate or the lookahead cannot be had.
+        """
+        slot = next((i for i in range(self.slots) if i not in self.sessions), None)
+        if slot is None:
+            raise UserError(f"all {self.slots} sessions are in use; try again later")
+        lookahead_ms = self.task.lookahead_ms[self.task.eval_choice] if lookahead_ms is None else lookahead_ms
+        session = Session(
+            self.encoder, slot, input_rate, lookahead_ms, decoder or GreedyCTC(), rules or EndpointRules()
+        )
+        self._write_row(slot, self._fresh)
+        self.sessions[slot] = session
+        return session
+
+    def close(self, session: Session) -> None:
+        """Forget a stream; its slot is free again."""
+        if self.sessions.get(session.slot) is session:
+            del self.sessions[session.slot]
+
+    def step(self) -> list[Session]:
+        """Advance every session that has a chunk by one; gives these sessions."""
+        ready = [session for session in self.sessions.values() if session.ready]
+        if not ready:
+            return []
+        # frames, position, total and choice of each row; one that waits has position -1
+        about = np.tile(np.array([[0], [-1], [0], [0]], np.int64), self.slots)
+        for session in ready:
+            frames = session.next_chunk(self._samples[session.slot])
+            about[:, session.slot] = frames, session.position, session.total, session.choice
+        device = self.task.device
+        frames, position, total, choice = torch.from_numpy(about).to(device)
+        samples = torch.from_numpy(self._samples).to(device)
+        encoded, log_probs, self._state = self.encoder(samples, frames, position, total, choice, self._state)
+        read = {"log_probs": log_probs.cpu()}
+        if any(session.decoder.reads == "encoded" for session in ready):
+            read["encoded"] = encoded.cpu()
+        for session in ready:
+            session.take_chunk(read[session.decoder.reads][session.slot])
+        return ready
+
+    def _write_row(self, slot: int, row: State) -> None:
+        for key, value in row.items():
+            self._state[key][slot : slot + 1] = value.to(self._state[key].device)
+
+    # ---- to another process ------------------------------------------------------------------------------------------
+
+    def snapshot(self, session: Session) -> bytes:
+        """All that a table of the same model needs to go on with a session, as one safetensors blob.
+
+        Results that were not taken yet are not in it.
+        """
+        plain, arrays = session.state()
+        about = {**self._settings(session), "session": json.dumps(plain)}
+        tensors = {f"state/{key}": value[session.slot : session.slot + 1] for key, value in self._state.items()}
+        tensors |= {key: torch.from_numpy(value.copy()) for key, value in arrays.items()}
+        return save({key: value.cpu().contiguous().clone() for key, value in tensors.items()}, metadata=about)
+
+    def restore(self, session: Session, blob: bytes) -> None:
+        """Have a session, which was opened with the same arguments, go on from what :meth:`snapshot` gave.
+
+        Raises:
+            UserError: it is no such snapshot, or one of another model, chunk, rate, lookahead or decoder.
+        """
+        about = _metadata(blob)
+        for key, value in self._settings(session).items():
+            if about.get(key) != value:
+                raise UserError(f"the snapshot's {key} is {about.get(key)}, not {value}: open the session as it was")
+        try:
+            tensors = load(blob)
+            plain = json.loads(about["session"])
+        except (SafetensorError, ValueError) as error:
+            raise UserError(f"the snapshot is damaged ({error}); take a new one") from error
+        self._write_row(session.slot, {key: tensors[f"state/{key}"] for key in self._state})
+        session.load(plain, {key: tensors[key].numpy() for key in ("samples", "input")})
+
+    def _settings(self, session: Session) -> dict[str, str]:
+        if self._fingerprint is None:
+            self._fingerprint = fingerprint(self.task)
+        return {
+            "format": SNAPSHOT_FORMAT,
+            "version": str(SNAPSHOT_VERSION),
+            "model": self._fingerprint,
+            "chunk": str(self.chunk),
+            "rate": str(session.input_rate),
+            "lookahead": str(session.lookahead_ms),
+            "decoder": type(session.decoder).__name__,
+        }
+
+
+def _metadata(blob: bytes) -> dict[str, str]:
+    try:
+        size = int.from_bytes(blob[:8], "little")
+        about = json.loads(blob[8 : 8 + size]).get("__metadata__", {})
+    except (ValueError, AttributeError) as error:
+        raise UserError("this is not a snapshot of a transcriber, or it is damaged") from error
+    if about.get("format") != SNAPSHOT_FORMAT:
+        raise UserError("this is not a snapshot of a transcriber")
+    return about
+
+
+class Transcriber:
+    """One stream by itself: the same results, to the byte, for any packet sizes.
+
+    Args:
+        task: in evaluation mode.
+        input_rate: Hz, of the samples.
+        lookahead_ms: one of those that the model was trained with; by default that of its validation.
+        chunk_ms: sound that the model reads at once. Results appear on this grid, ``lookahead_ms`` later.
+        decoder: greedy CTC by default.
+        rules: where the text is cut into segments.
+    """
+
+    def __init__(
+        self,
+        task: StreamingASR,
+        input_rate: int,
+        *,
+        lookahead_ms: int | None = None,
+        chunk_ms: float = 160.0,
+        decoder: Decoder | None = None,
+        rules: EndpointRules | None = None,
+    ) -> None:
+        self.table = SlotTable(task, 1, chunk_ms)
+        self.session = self.table.open(input_rate, lookahead_ms, decoder, rules)
+
+    def accept(self, samples: np.ndarray | Tensor) -> list[Result]:
+        """Take samples as :meth:`Session.accept`, and give the results that became ready, in order."""
+        self.session.accept(samples)
+        return self._run()
+
+    def finish(self) -> list[Result]:
+        """End of the stream: the remaining results."""
+        self.session.finish()
+        return self._run()
+
+    def _run(self) -> list[Result]:
+        while self.session.ready:
+            self.table.step()
+        return self.session.take()
+
+    def snapshot(self) -> bytes:
+        """All state, as one safetensors blob: another process can go on with it."""
+        return self.table.snapshot(self.session)
+
+    def restore(self, blob: bytes) -> None:
+        """Go on from what :meth:`snapshot` gave; raises UserError as :meth:`SlotTable.restore`."""
+        self.table.restore(self.session, blob)

@@ -1,0 +1,1 @@
+"""Log-probabilities to text: algorithms without models, whose state is plain data."""
