@@ -193,9 +193,9 @@ def _parse(lines: Iterator[tuple[int, str]], path: Path) -> tuple[dict[str, int]
             found[order] += 1
     if not begun or not ended or not words:
         raise UserError(f"{path} is not a whole ARPA file (\\data\\ ... \\end\\)")
-    for n, count in promised.items():
-        if found[n] != count:
-            raise UserError(f"{path} has {found[n]} {n}-grams, its header says {count}: it is damaged")
+    for size, expected in promised.items():
+        if found[size] != expected:
+            raise UserError(f"{path} has {found[size]} {size}-grams, its header says {expected}: it is damaged")
     return words, grams, order
 
 
