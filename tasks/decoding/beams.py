@@ -176,8 +176,8 @@ class Beam:
         self.hypotheses = []
         for row in state["hypotheses"]:
             emissions = tuple(emissions_of(row["emissions"]))
-            scores = [NEVER if x is None else float(x) for x in row["scores"]]
+            blank, token, path, bonus = (NEVER if x is None else float(x) for x in row["scores"])
             ids = tuple(one.id for one in emissions)
-            self.hypotheses.append(Hypothesis(ids, emissions, *scores, states=tuples(row["states"])))
+            self.hypotheses.append(Hypothesis(ids, emissions, blank, token, path, bonus, tuples(row["states"])))
         self.frame, self.history = int(state["frame"]), tuple(state["history"])
         self._settled, self._last_frame = emissions_of(state["settled"]), int(state["last_frame"])
