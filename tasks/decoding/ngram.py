@@ -15,6 +15,7 @@ from seqssm.files import atomic_write
 BEGIN, END, UNKNOWN = "<s>", "</s>", "<unk>"
 LN_10 = math.log(10)
 MISSING_LOG10 = -7.0  # of a word that a model without <unk> does not know
+OUTSIDE = "\0"  # in place of a word that no known word begins like
 
 Grams = dict[tuple[int, ...], tuple[float, float]]
 
@@ -193,17 +194,18 @@ def _parse(lines: Iterator[tuple[int, str]], path: Path) -> tuple[dict[str, int]
             found[order] += 1
     if not begun or not ended or not words:
         raise UserError(f"{path} is not a whole ARPA file (\\data\\ ... \\end\\)")
-    for size, expected in promised.items():
-        if found[size] != expected:
-            raise UserError(f"{path} has {found[size]} {size}-grams, its header says {expected}: it is damaged")
+    for size, wanted in promised.items():
+        if found[size] != wanted:
+            raise UserError(f"{path} has {found[size]} {size}-grams, its header says {wanted}: it is damaged")
     return words, grams, order
 
 
 class NGramScorer:
     """Shallow fusion: a `Scorer` that adds weight · log P(word | words before) + bonus when a word is complete.
 
-    A model of words scores a word when a space or the text's end follows; one of tokens (characters) each token, whose
-    text is its word, with `<space>` or `▁` for the space where the model has one of these.
+    A model of words scores a word when a space or the text's end follows, but sees at once when no known word begins
+    like it: words that run together would otherwise come off well for long. A model of tokens (characters) scores each,
+    its text being its word, with `<space>` or `▁` for the space where the model has one of these.
 
     Args:
         model: the n-gram model.
@@ -211,7 +213,8 @@ class NGramScorer:
         unit: of the model.
         weight: of its log-probabilities.
         bonus: nats a word (or token), against the preference for few of them.
-        unknown: nats more for a word that the model does not know.
+        unknown: nats more for a word that the model does not know, beside weight · log(1 / tokens) for each character
+            that goes on behind what a known word has.
     """
 
     def __init__(
@@ -221,12 +224,16 @@ class NGramScorer:
         unit: Literal["word", "token"] = "word",
         weight: float = 0.5,
         bonus: float = 0.0,
-        unknown: float = 0.0,
+        unknown: float = -10.0,
     ) -> None:
         if unit not in ("word", "token"):
             raise UserError(f"the n-gram model's unit is {unit!r}: choose word or token")
         self.model, self.unit, self.weight, self.bonus, self.unknown = model, unit, weight, bonus, unknown
         self._tokens = ["", *tokens]
+        self._letter = -weight * math.log(len(tokens))
+        self._beginnings = (
+            {word[:n] for word in model.words for n in range(1, len(word) + 1)} if unit == "word" else set()
+        )
         spaces = [one for one in ("<space>", "\u2581", "|") if one in model.words]
         self._space = spaces[0] if spaces else " "
         if unit == "token" and not any(self._spelled(token) in model.words for token in tokens):
@@ -243,12 +250,20 @@ class NGramScorer:
         if self.unit == "token":
             context, added = self._said(context, self._spelled(self._tokens[token]))
             return (context, ""), added
-        *ended, last = (word + self._tokens[token]).split(" ")
         added = 0.0
-        for one in filter(None, ended):
-            context, more = self._said(context, one)
+        for character in self._tokens[token]:
+            if character == " ":
+                context, more = self._said(context, word) if word else (context, 0.0)
+                word = ""
+            elif word == OUTSIDE:
+                more = self._letter
+            else:
+                word += character
+                more = 0.0
+                if word not in self._beginnings:
+                    word, more = OUTSIDE, self.unknown
             added += more
-        return (context, last), added
+        return (context, word), added
 
     def finish(self, state: tuple[tuple[int, ...], str]) -> float:
         context, word = state
@@ -262,5 +277,5 @@ class NGramScorer:
     def _said(self, context: tuple[int, ...], word: str) -> tuple[tuple[int, ...], float]:
         number = self.model.word(word)
         context, log_prob = self.model.score(context, number)
-        known = number not in (-1, self.model.unknown)
+        known = number not in (-1, self.model.unknown) or word == OUTSIDE  # which has been charged
         return context, self.weight * log_prob + self.bonus + (0.0 if known else self.unknown)

@@ -388,7 +388,7 @@ AN4 = Path(__file__).parents[3] / "shared" / "data" / "asr" / "an4"
 
 @pytest.mark.skipif(not AN4.is_dir(), reason="needs ../shared/data beside the repository")
 def test_an4_reads_as_its_manifest_says() -> None:
-    data = module(AN4, cache_gb=0.0, batch_seconds=60.0, max_utterance_s=30.0)
+    data = module(AN4, cache_gb=0.0, max_utterance_s=20.0, batch_seconds=30.0)
     data.setup()
     assert data.report is not None
     assert data.report.utterances == {"train": 847, "val": 101, "test": 130}

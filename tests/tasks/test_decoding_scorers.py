@@ -138,7 +138,12 @@ def test_fusion_adds_a_words_score_when_it_is_complete(arpa: Path) -> None:
     scorer = NGramScorer(model, TOKENS, weight=0.5, bonus=0.25, unknown=-2.0)
     assert added(scorer, "a b") == pytest.approx(0.5 * model.sentence(["a", "b"]) + 2 * 0.25)
     assert added(scorer, " a  b ") == pytest.approx(added(scorer, "a b"))
-    assert added(scorer, "a xy") == pytest.approx(0.5 * model.sentence(["a", "xy"]) + 2 * 0.25 - 2.0)
+    # an unknown word costs more: as soon as it is one, and with every further letter
+    letter = 0.5 * math.log(1 / len(TOKENS))
+    assert added(scorer, "a xy") == pytest.approx(0.5 * model.sentence(["a", "xy"]) + 2 * 0.25 - 2.0 + letter)
+    assert scorer.extend(scorer.start(), TOKENS.index("x") + 1)[1] == -2.0
+    words = NGramScorer(NGram.estimate([["three"]]), TOKENS, weight=0.0, unknown=-2.0)
+    assert added(words, "thr") == added(words, "thr three") == -2.0
     state, more = scorer.extend(scorer.start(), TOKENS.index("a") + 1)
     assert more == 0.0
     assert scorer.extend(state, 1)[1] == pytest.approx(0.5 * -0.3 * LN_10 + 0.25)
@@ -151,7 +156,7 @@ def test_a_model_of_words_decides_doubtful_ones() -> None:
     rows = spoken("see the cot", {9: ("a", -2.0)})
     assert text_of(decode(BeamCTC(), rows)) == "see the cot"
     assert text_of(decode(BeamCTC(scorers=[NGramScorer(model, TOKENS, weight=1.0)]), rows)) == "see the cat"
-    none = BeamCTC(BeamConfig(size=4), [NGramScorer(model, TOKENS, weight=0.0)])
+    none = BeamCTC(BeamConfig(size=4), [NGramScorer(model, TOKENS, weight=0.0, unknown=0.0)])
     assert text_of(decode(none, rows)) == "see the cot"
 
 
