@@ -2,9 +2,9 @@
 
 Every genome is a chain of tracts with neutral spacers between them. A tract is rich in one base; all four kinds are
 equally common in every species. The species differ in which kind follows which: one cyclic order each, of the four (of
-six) that equal their own reverse complement, so that either strand tells the same. Spacers are longer than a k-mer and
-than the reach of a few convolutions, so neither sees two tracts at once: up to chance, k-mer counts differ between
-species only through the spacers' GC content, which is shifted a little from species to species (`gc_step`).
+six) that equal their own reverse complement, so that either strand tells the same. Spacers are longer than a k-mer, so
+that no k-mer sees two tracts: up to chance, k-mer counts differ between species only through the spacers' GC content,
+which is shifted a little from species to species (`gc_step`). A network has to see about 80 bp at once.
 """
 
 import json

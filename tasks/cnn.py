@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from seqssm.data.dna.alphabet import PAD, VOCABULARY_SIZE, A, C, G, T, reverse_complement
 from seqssm.tasks.baselines import Baseline, Progress, Windows
 
-SHORT_BP = 512
+SHORT_BP = 320
 """Up to here, windows of one length are taken to be aligned (at a promoter's start, a binding site's centre)."""
 SEGMENT_BP = 2**17
 """Longer windows are convolved in pieces; a seam touches a few tens of bases."""
