@@ -41,11 +41,7 @@ def evaluate_dna(
         )
     dataset = datamodule.grid(split)
     trainer = pl.Trainer(accelerator=accelerator, devices=1, logger=False, enable_checkpointing=False)
-    loader = datamodule.test_dataloader() if split == "test" else datamodule.val_dataloader()
-    outputs: Any = trainer.predict(task, dataloaders=loader)
-    probabilities = torch.cat(outputs).cpu().double().numpy()
-
-    fitted = {}
+    chosen = []
     if baselines != "none":
         settings = datamodule.settings
         candidates = default_baselines(
@@ -56,6 +52,12 @@ def evaluate_dna(
             device=str(trainer.strategy.root_device),
         )
         chosen = select_baselines(candidates, baselines)
+    loader = datamodule.test_dataloader() if split == "test" else datamodule.val_dataloader()
+    outputs: Any = trainer.predict(task, dataloaders=loader)
+    probabilities = torch.cat(outputs).cpu().double().numpy()
+
+    fitted = {}
+    if chosen:
         windows = {name: Windows.read(datamodule.grid(name)) for name in {"train", "val", split}}
         fitted = run_baselines(chosen, windows["train"], windows["val"], windows[split])
     report = reports.evaluate(
