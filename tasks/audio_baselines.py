@@ -38,7 +38,7 @@ class Clips:
 
     def batches(self) -> Iterator[AudioBatch]:
         """All clips once, in order, as they are."""
-        yield from self._ready(self.datamodule.clip_loader(self.split))
+        yield from self._ready(self.datamodule.ordered_loader(self.split))
 
     def training_batches(self, epoch: int) -> Iterator[AudioBatch]:
         """An epoch of what the model was trained on, augmentation included."""

@@ -3,32 +3,30 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
-from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.data import DataLoader
 
 from seqssm.data.audio.augment import AugmentConfig
 from seqssm.data.audio.batches import AudioBatch, SampleBatch, with_features
 from seqssm.data.audio.layouts import AudioLayout, Clip, ClipList
-from seqssm.data.audio.reading import AUDIO_SUFFIXES
+from seqssm.data.audio.recordings import RecordingsDataModule
 from seqssm.data.audio.report import AudioReport
 from seqssm.data.audio.sampling import OrderedClips, Sample, SplitClips, TrainingClips, collate
 from seqssm.data.audio.sources import list_clips, missing_files_error
 from seqssm.data.audio.splits import AudioSplitPlan, check_classes, split_clips
-from seqssm.data.audio.store import ClipStore, decode, remarks, with_statistics
+from seqssm.data.audio.store import ClipStore, remarks
 from seqssm.data.features import FeatureConfig
 from seqssm.data.loading import EpochSampler, ResumableLoader, ShardSampler
 from seqssm.data.splitting import SPLITS
 from seqssm.errors import UserError
 
 
-class AudioTaggingDataModule(LightningDataModule):
+class AudioTaggingDataModule(RecordingsDataModule[SplitClips, TrainingClips, AudioReport]):
     """Tagged recordings from files to batches of `AudioBatch`.
 
     Input (see `seqssm.data.audio.sources` for every layout):
@@ -109,7 +107,7 @@ class AudioTaggingDataModule(LightningDataModule):
         cache_dir: str | None = None,
     ) -> None:
         settings = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
-        super().__init__()
+        super().__init__(path, settings)
         self.save_hyperparameters(logger=False)
         if isinstance(features, dict):
             settings["features"] = FeatureConfig(**features)
@@ -117,7 +115,6 @@ class AudioTaggingDataModule(LightningDataModule):
             settings["augment"] = AugmentConfig(**augment)
         plain = {key: asdict(settings[key]) for key in ("features", "augment") if settings[key] is not None}
         self.hparams.update(plain)  # a checkpoint holds plain data alone
-        self.settings: dict[str, Any] = settings
         _check_arguments(settings)
         self.layout = AudioLayout(
             path=Path(path),
@@ -138,16 +135,11 @@ class AudioTaggingDataModule(LightningDataModule):
             val_fraction=val_fraction,
             seed=seed,
         )
-        self.train: TrainingClips | None = None
-        self.report: AudioReport | None = None
         self._listing: ClipList | None = None
         self._labels: list[str] | None = None
         self._store: ClipStore | None = None
-        self._splits: dict[str, SplitClips] = {}
         self._left_out: dict[str, int] = {}
         self._split_said = ""
-        self._features: FeatureConfig | None = None
-        self._reported = False
 
     # ---- what the data say of themselves -----------------------------------------------------------------------------
 
@@ -159,9 +151,9 @@ class AudioTaggingDataModule(LightningDataModule):
             named = {label for clip in self._list().clips for label in clip.labels}
             found = set(map(str, chosen)) if chosen else named
             if chosen and found - named:
-                raise UserError(f"{self.layout.path} has no clips of the classes {', '.join(sorted(found - named))}")
+                raise UserError(f"{self.path} has no clips of the classes {', '.join(sorted(found - named))}")
             if len(found) < 2:
-                raise UserError(f"{self.layout.path}: tagging needs two classes or more, found {sorted(found)}")
+                raise UserError(f"{self.path}: tagging needs two classes or more, found {sorted(found)}")
             self._labels = sorted(found)
         return self._labels
 
@@ -169,19 +161,6 @@ class AudioTaggingDataModule(LightningDataModule):
     def multi_label(self) -> bool:
         """Whether an item has any number of labels. Reads tables and folders, no recordings."""
         return self.settings["mix_clips"] is not None or self._several()
-
-    @property
-    def features(self) -> FeatureConfig:
-        """The features with the statistics of the train split, which are computed when they are first asked for."""
-        if self._features is None:
-            config = self.settings["features"]
-            if config.mean is None:
-                train = self._divided().get("train")
-                if train is None:
-                    raise UserError(f"{self.layout.path} has no train split: set features.mean and features.std")
-                config = with_statistics(config, train.store, train.numbers.tolist())
-            self._features = config
-        return self._features
 
     @property
     def statistics(self) -> tuple[float, float]:
@@ -216,7 +195,7 @@ class AudioTaggingDataModule(LightningDataModule):
         mapping, chosen = self.settings["label_map"] or {}, self.settings["classes"]
         known = {label for clip in listing.clips for label in clip.labels}
         if mapping.keys() - known:
-            raise UserError(f"label_map names {min(mapping.keys() - known)!r}, which no clip of {self.layout.path} has")
+            raise UserError(f"label_map names {min(mapping.keys() - known)!r}, which no clip of {self.path} has")
         several = listing.several or any(len(clip.labels) != 1 for clip in listing.clips)
         kept = []
         for clip in listing.clips:
@@ -268,7 +247,7 @@ class AudioTaggingDataModule(LightningDataModule):
             settings, listing = self.settings, self._list()
             missing = listing.missing()
             if missing and not settings["skip_bad"]:
-                raise missing_files_error(missing, self.layout.path)
+                raise missing_files_error(missing, self.path)
             self._store = ClipStore(
                 listing.clips,
                 settings["features"].sample_rate,
@@ -278,31 +257,6 @@ class AudioTaggingDataModule(LightningDataModule):
             )
             self._left_out.update(self._store.left_out)
         return self._store
-
-    def _split(self, name: str) -> SplitClips:
-        splits = self._divided()
-        if name not in splits:
-            raise UserError(f"{self.layout.path} has no {name} split: change the split")
-        return splits[name]
-
-    def prepare_data(self) -> None:
-        """Decode the clips and compute the statistics (Lightning calls this in one process of a machine)."""
-        self._divided()
-        if "train" in self._splits:
-            _ = self.features
-
-    def setup(self, stage: str | None = None) -> None:
-        """Divide and check the data; before training, print the counts and what leaks between the splits."""
-        splits = self._divided()
-        if self.train is None and "train" in splits:
-            self.train = self._training(splits["train"])
-        if self.report is None:
-            self.report = self._make_report(splits)
-        if stage == "fit" and self.train is None:
-            raise UserError(f"{self.layout.path}: the split leaves nothing to train on")
-        if stage == "fit" and not self._reported:
-            self._reported = True
-            rank_zero_only(self.report.print)()
 
     def _training(self, split: SplitClips) -> TrainingClips:
         settings = self.settings
@@ -319,16 +273,7 @@ class AudioTaggingDataModule(LightningDataModule):
             noise=self._noise(),
         )
 
-    def _noise(self) -> list[np.ndarray]:
-        if self.settings["noise_path"] is None:
-            return []
-        path = Path(self.settings["noise_path"])
-        files = sorted(f for f in path.rglob("*") if f.suffix.lower() in AUDIO_SUFFIXES) if path.is_dir() else [path]
-        if not files:
-            raise UserError(f"noise_path {path} has no recordings")
-        return [decode(Clip(file, ()), self.settings["features"].sample_rate)[0] for file in files]
-
-    def _make_report(self, splits: dict[str, SplitClips]) -> AudioReport:
+    def _make_report(self, splits: Mapping[str, SplitClips]) -> AudioReport:
         store = self._decoded()
         groups = {name: {clip.group or str(clip.path) for clip in split.clips} for name, split in splits.items()}
         digests = {name: {store.scans[i].digest for i in split.numbers} for name, split in splits.items()}
@@ -364,16 +309,16 @@ class AudioTaggingDataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         """Resumable to the batch; item order depends on seed and epoch alone."""
         self.setup("fit")
-        assert self.train is not None
+        train = self._train()
         rank, ranks = self._rank()
-        sampler = EpochSampler(self.train, self.settings["batch_size"], ranks, rank)
+        sampler = EpochSampler(train, self.settings["batch_size"], ranks, rank)
         if self.trainer is not None:
             sampler.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
         return ResumableLoader(
-            self.train, batch_size=self.settings["batch_size"], sampler=sampler, **self._loader_arguments()
+            train, batch_size=self.settings["batch_size"], sampler=sampler, **self._loader_arguments()
         )
 
-    def clip_loader(self, split: str) -> DataLoader:
+    def ordered_loader(self, split: str) -> DataLoader:
         """The items of a split, `train` too, as they are and in the order of `clips`."""
         dataset = OrderedClips(self._split(split), self.multi_label, self.settings["seed"])
         rank, ranks = self._rank()
@@ -384,34 +329,13 @@ class AudioTaggingDataModule(LightningDataModule):
             **self._loader_arguments(),
         )
 
-    def val_dataloader(self) -> DataLoader | list:
-        """The validation clips in order; no loader without a validation split."""
-        self.setup()
-        return self.clip_loader("val") if "val" in self._splits else []
-
-    def test_dataloader(self) -> DataLoader:
-        """The test clips in order."""
-        return self.clip_loader("test")
-
-    def predict_dataloader(self) -> DataLoader:
-        """The test clips."""
-        return self.clip_loader("test")
-
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Compute the features on the device where the loader left them to it."""
         return with_features(batch, self.features) if isinstance(batch, SampleBatch) else batch
 
-    def _rank(self) -> tuple[int, int]:
-        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
-
     def _loader_arguments(self) -> dict[str, Any]:
-        workers = self.settings["num_workers"]
-        return {
-            "collate_fn": Collate(self.features if self.settings["features_on"] == "loader" else None),
-            "num_workers": workers,
-            "persistent_workers": workers > 0,
-            "pin_memory": torch.cuda.is_available(),
-        }
+        collate = Collate(self.features if self.settings["features_on"] == "loader" else None)
+        return {"collate_fn": collate, **super()._loader_arguments()}
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 

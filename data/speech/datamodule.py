@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
-from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.data import DataLoader
 
-from seqssm.data.audio.layouts import Clip
-from seqssm.data.audio.reading import AUDIO_SUFFIXES
-from seqssm.data.audio.store import ClipStore, decode, remarks, with_statistics
+from seqssm.data.audio.recordings import RecordingsDataModule
+from seqssm.data.audio.store import ClipStore, remarks
 from seqssm.data.features import FeatureConfig
 from seqssm.data.loading import EpochSampler, ResumableLoader, ShardSampler
 from seqssm.data.speech.augment import SpeechAugmentConfig
@@ -45,7 +42,7 @@ from seqssm.errors import UserError
 PLAIN_SETTINGS = ("features", "text", "tokenizer", "augment")
 
 
-class SpeechDataModule(LightningDataModule):
+class SpeechDataModule(RecordingsDataModule[SplitUtterances, TrainingBatches, SpeechReport]):
     """Transcribed speech from files to batches of `SpeechBatch`.
 
     Input (see `seqssm.data.speech.manifests` for every layout):
@@ -120,7 +117,7 @@ class SpeechDataModule(LightningDataModule):
         cache_dir: str | None = None,
     ) -> None:
         settings = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
-        super().__init__()
+        super().__init__(path, settings)
         self.save_hyperparameters(logger=False)
         for key, kind in zip(PLAIN_SETTINGS, (FeatureConfig, TextConfig, TokenizerConfig, SpeechAugmentConfig),
                              strict=True):  # fmt: skip
@@ -128,7 +125,6 @@ class SpeechDataModule(LightningDataModule):
                 settings[key] = kind(**settings[key])
         plain = {key: asdict(settings[key]) for key in PLAIN_SETTINGS if settings[key] is not None}
         self.hparams.update(plain)  # a checkpoint holds plain data alone
-        self.settings: dict[str, Any] = settings
         _check_arguments(settings)
         self.layout = SpeechLayout(
             path=Path(path),
@@ -146,16 +142,11 @@ class SpeechDataModule(LightningDataModule):
             seed=seed,
         )
         self.text: TextConfig = settings["text"]
-        self.train: TrainingBatches | None = None
-        self.report: SpeechReport | None = None
         self._left_out: Counter[str] = Counter()
         self._listing: UtteranceList | None = None
         self._tokenizer: CharacterTokenizer | SentencePieceTokenizer | None = None
         self._store: ClipStore | None = None
-        self._splits: dict[str, SplitUtterances] = {}
         self._split_said = ""
-        self._features: FeatureConfig | None = None
-        self._reported = False
 
     # ---- what the data say of themselves -----------------------------------------------------------------------------
 
@@ -167,23 +158,10 @@ class SpeechDataModule(LightningDataModule):
             config = self.settings["tokenizer"]
             if not texts and config.stored is None and config.model is None and self.text.characters is None:
                 raise UserError(
-                    f"{self.layout.path} has no train texts to make tokens of: set tokenizer.stored to a checkpoint's"
+                    f"{self.path} has no train texts to make tokens of: set tokenizer.stored to a checkpoint's"
                 )
             self._tokenizer = make_tokenizer(config, texts, self.text.characters)
         return self._tokenizer
-
-    @property
-    def features(self) -> FeatureConfig:
-        """The features with the statistics of the train split, which are computed when they are first asked for."""
-        if self._features is None:
-            config = self.settings["features"]
-            if config.mean is None:
-                train = self._divided().get("train")
-                if train is None:
-                    raise UserError(f"{self.layout.path} has no train split: set features.mean and features.std")
-                config = with_statistics(config, train.store, train.numbers.tolist())
-            self._features = config
-        return self._features
 
     def describe(self) -> dict[str, Any]:
         """What a task keeps of the data, plain: the tokenizer, the form of the text and the features."""
@@ -262,13 +240,13 @@ class SpeechDataModule(LightningDataModule):
         settings, utterances = self.settings, self._sayable()
         missing = missing_recordings(utterances)
         if missing and not settings["skip_bad"]:
-            raise missing_recordings_error(missing, self.layout.path)
+            raise missing_recordings_error(missing, self.path)
         if missing:
             gone = {one.path for one in missing}
             self._left_out["missing recordings"] += len(missing)
             utterances = [one for one in utterances if one.path not in gone]
         if not utterances:
-            raise UserError(f"{self.layout.path}: no utterance is left")
+            raise UserError(f"{self.path}: no utterance is left")
         clips = [one.clip for one in utterances]
         of = {id(clip): one for clip, one in zip(clips, utterances, strict=True)}
         store = ClipStore(
@@ -311,31 +289,6 @@ class SpeechDataModule(LightningDataModule):
             self._left_out[reason] += int(left_out.sum())
             split[left_out] = "drop"
 
-    def _split(self, name: str) -> SplitUtterances:
-        splits = self._divided()
-        if name not in splits:
-            raise UserError(f"{self.layout.path} has no {name} split: change the split")
-        return splits[name]
-
-    def prepare_data(self) -> None:
-        """Decode the recordings and compute the statistics (Lightning calls this in one process of a machine)."""
-        self._divided()
-        if "train" in self._splits:
-            _ = self.features
-
-    def setup(self, stage: str | None = None) -> None:
-        """Divide and check the data; before training, print the counts and what leaks between the splits."""
-        splits = self._divided()
-        if self.train is None and "train" in splits:
-            self.train = self._training(splits["train"])
-        if self.report is None:
-            self.report = self._make_report(splits)
-        if stage == "fit" and self.train is None:
-            raise UserError(f"{self.layout.path}: the split leaves nothing to train on")
-        if stage == "fit" and not self._reported:
-            self._reported = True
-            rank_zero_only(self.report.print)()
-
     def _training(self, split: SplitUtterances) -> TrainingBatches:
         settings = self.settings
         return TrainingBatches(
@@ -348,16 +301,7 @@ class SpeechDataModule(LightningDataModule):
             noise=self._noise(),
         )
 
-    def _noise(self) -> list[np.ndarray]:
-        if self.settings["noise_path"] is None:
-            return []
-        path = Path(self.settings["noise_path"])
-        files = sorted(f for f in path.rglob("*") if f.suffix.lower() in AUDIO_SUFFIXES) if path.is_dir() else [path]
-        if not files:
-            raise UserError(f"noise_path {path} has no recordings")
-        return [decode(Clip(file, ()), self.settings["features"].sample_rate)[0] for file in files]
-
-    def _make_report(self, splits: dict[str, SplitUtterances]) -> SpeechReport:
+    def _make_report(self, splits: Mapping[str, SplitUtterances]) -> SpeechReport:
         train = splits.get("train")
         others = {name: split for name, split in splits.items() if name != "train"} if train else {}
         speakers = {name: {one.speaker for one in split.utterances} - {""} for name, split in splits.items()}
@@ -388,15 +332,14 @@ class SpeechDataModule(LightningDataModule):
     def train_dataloader(self) -> ResumableLoader:
         """Augmented train utterances, batches of like lengths, in an order that the seed and the epoch give."""
         self.setup()
-        if self.train is None:
-            raise UserError(f"{self.layout.path}: the split leaves nothing to train on")
+        train = self._train()
         rank, ranks = self._rank()
-        if len(self.train) < ranks:
-            raise UserError(f"an epoch has {len(self.train)} batches for {ranks} devices: lower batch_seconds")
-        sampler = EpochSampler(self.train, 1, ranks, rank)  # an item is a batch
-        return ResumableLoader(self.train, sampler=sampler, **self._loader_arguments())
+        if len(train) < ranks:
+            raise UserError(f"an epoch has {len(train)} batches for {ranks} devices: lower batch_seconds")
+        sampler = EpochSampler(train, 1, ranks, rank)  # an item is a batch
+        return ResumableLoader(train, sampler=sampler, **self._loader_arguments())
 
-    def loader(self, split: str) -> DataLoader:
+    def ordered_loader(self, split: str) -> DataLoader:
         """The utterances of a split as they are and in the order of `utterances`."""
         found, settings = self._split(split), self.settings
         dataset = OrderedBatches(
@@ -405,35 +348,13 @@ class SpeechDataModule(LightningDataModule):
         rank, ranks = self._rank()
         return DataLoader(dataset, sampler=ShardSampler(dataset, ranks, rank), **self._loader_arguments())
 
-    def val_dataloader(self) -> DataLoader | list:
-        """The validation utterances in order; no loader without a validation split."""
-        self.setup()
-        return self.loader("val") if "val" in self._splits else []
-
-    def test_dataloader(self) -> DataLoader:
-        """The test utterances in order."""
-        return self.loader("test")
-
-    def predict_dataloader(self) -> DataLoader:
-        """The test utterances."""
-        return self.loader("test")
-
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Compute the features on the device where the loader left them to it."""
         return with_speech_features(batch, self.features) if isinstance(batch, SpokenBatch) else batch
 
-    def _rank(self) -> tuple[int, int]:
-        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
-
     def _loader_arguments(self) -> dict[str, Any]:
-        workers = self.settings["num_workers"]
-        return {
-            "batch_size": None,
-            "collate_fn": Collate(self.features if self.settings["features_on"] == "loader" else None),
-            "num_workers": workers,
-            "persistent_workers": workers > 0,
-            "pin_memory": torch.cuda.is_available(),
-        }
+        collate = Collate(self.features if self.settings["features_on"] == "loader" else None)
+        return {"batch_size": None, "collate_fn": collate, **super()._loader_arguments()}
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
@@ -462,7 +383,7 @@ def _has_space(tokenizer: CharacterTokenizer | SentencePieceTokenizer) -> bool:
     return isinstance(tokenizer, CharacterTokenizer) and not tokenizer.unknown(" ")
 
 
-def _identical(splits: dict[str, SplitUtterances]) -> dict[str, int] | None:
+def _identical(splits: Mapping[str, SplitUtterances]) -> dict[str, int] | None:
     digests = {name: [split.store.scans[i].digest for i in split.numbers] for name, split in splits.items()}
     if not all(map(all, digests.values())):
         return None

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from seqssm.data.audio import AudioTaggingDataModule
 from seqssm.errors import UserError
 from seqssm.tasks.base import Loaded, build_task
 from seqssm.tasks.tagging import AudioTagging
@@ -107,7 +108,7 @@ def evaluate_tagging(
 
 
 def _check(task: AudioTagging, datamodule: Any, checkpoint: str) -> None:
-    if not hasattr(datamodule, "clip_loader"):
+    if not isinstance(datamodule, AudioTaggingDataModule):
         raise UserError(f"{checkpoint} is an audio tagger: --data must name an AudioTaggingDataModule")
     if list(datamodule.labels) != task.labels:
         raise UserError(

@@ -96,7 +96,7 @@ def test_training_batches_and_the_ordered_train_loader(table: Path) -> None:
     (first, *rest) = list(data.train_dataloader())
     assert len(rest) == 4
     assert first.labels.dtype == torch.int64
-    ordered = torch.cat([batch.labels for batch in data.clip_loader("train")])
+    ordered = torch.cat([batch.labels for batch in data.ordered_loader("train")])
     assert [data.labels[i] for i in ordered] == [clip.labels[0] for clip in data.clips("train")]
     for labels, sources in ((b.labels, b.sources) for b in (first, *rest)):
         assert labels.tolist() == ordered[sources[:, 0]].tolist()

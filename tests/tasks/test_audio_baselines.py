@@ -41,11 +41,11 @@ class Tones:
     def clips(self, split: str) -> list[int]:
         return list(range(sum(len(batch.labels) for batch in self.items[split])))
 
-    def clip_loader(self, split: str) -> Loader:
+    def ordered_loader(self, split: str) -> Loader:
         return Loader(self.items[split])
 
     def train_dataloader(self) -> Loader:
-        return self.clip_loader("train")
+        return self.ordered_loader("train")
 
     def on_after_batch_transfer(self, batch: AudioBatch, index: int) -> AudioBatch:
         return batch
