@@ -193,7 +193,7 @@ class DNAClassification(Task):
     def _check_chunks(self, positions: int, standardize: bool) -> None:
         if self.chunk_length < 0 or self.chunk_length % self.patch:
             raise UserError(
-                f"model.chunk_length is {self.chunk_length}: give a multiple of model.patch ({self.patch}), or 0 for none"
+                f"model.chunk_length is {self.chunk_length}: give a multiple of model.patch ({self.patch}), or 0"
             )
         if positions or standardize:
             raise UserError(
