@@ -14,14 +14,16 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 import seqssm.data.audio.datamodule  # imports every DataModule: the parser knows short names of imported classes
 import seqssm.data.speech.datamodule
 import seqssm.data.synthetic
+import seqssm.data.synthetic_tasks
 import seqssm.tasks.asr
 import seqssm.tasks.dna  # the same for tasks
+import seqssm.tasks.synthetic
 import seqssm.tasks.tagging  # noqa: F401
 from seqssm.errors import UserError
 from seqssm.tasks.base import Task, read_checkpoint
 
 COMMANDS = ("fit", "validate", "test", "predict")
-FROM_DATA = ("labels", "multi_label", "features", "tokenizer", "text")
+FROM_DATA = ("labels", "multi_label", "features", "tokenizer", "text", "vocabulary_size")
 """Arguments of a model that are the data's to say; those that a task does not take are left out."""
 HOW_NOT_WHAT = ("thresholds", "chunk_length", "chunk_offload")
 """Arguments of a model that a resumed run may change: they leave what is learnt as it is."""
