@@ -341,12 +341,13 @@ class LanguageModel(nn.Module):
     ) -> tuple[Tensor, State]:
         """tokens (b, l) integers -> logits (b, l, vocab_size) and the state."""
         y, state = self.backbone(self.embedding(tokens), state, seq_idx=seq_idx)
-        return self._logits(y), state
+        return self.logits(y), state
 
     def step(self, tokens: Tensor, state: State) -> Tensor:
         """tokens (b,) -> logits (b, vocab_size), updating ``state`` in place. No gradients."""
-        return self._logits(self.backbone.step(self.embedding(tokens), state))
+        return self.logits(self.backbone.step(self.embedding(tokens), state))
 
-    def _logits(self, y: Tensor) -> Tensor:
+    def logits(self, y: Tensor) -> Tensor:
+        """y (..., d) of the backbone -> logits (..., vocab_size)."""
         weight = self.embedding.weight if self.head is None else self.head.weight
         return F.linear(y.to(weight.dtype), weight)

@@ -22,6 +22,7 @@ from seqssm.backbone import Backbone, BackboneConfig
 from seqssm.data import DNABatch
 from seqssm.data.dna.alphabet import reverse_complement
 from seqssm.errors import UserError
+from seqssm.longcontext.chunked import check_chunkable, fold_backbone
 from seqssm.tasks.base import OptimizerConfig, Task
 from seqssm.tasks.dna_layers import Pooling, PoolingMode, SequenceEmbedding
 
@@ -50,6 +51,9 @@ class DNAClassification(Task):
         label_smoothing: share of the target spread evenly over the classes.
         class_weights: one weight a class, ``balanced`` (inverse frequency in the training windows), or none.
         average_strands: outside training, average the probabilities of the sequence and its reverse complement.
+        chunk_length: run longer windows in chunks of so many bases, with the gradients of one pass in the memory of one
+            chunk, for a causal backbone without attention (:mod:`seqssm.longcontext.chunked`); 0 for one pass.
+        chunk_offload: keep what crosses the borders between chunks in the memory of the host.
         optimizer: learning rate and its schedule.
         init_from: a checkpoint whose backbone and embedding to start from.
     """
@@ -71,6 +75,8 @@ class DNAClassification(Task):
         label_smoothing: float = 0.0,
         class_weights: list[float] | Literal["balanced"] | None = None,
         average_strands: bool = True,
+        chunk_length: int = 0,
+        chunk_offload: bool = False,
         optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 - frozen
         init_from: str | None = None,
     ) -> None:
@@ -90,12 +96,15 @@ class DNAClassification(Task):
             label_smoothing=label_smoothing,
             class_weights=class_weights,
             average_strands=average_strands,
+            chunk_length=chunk_length,
+            chunk_offload=chunk_offload,
         )
         self.labels = list(labels)
         self.patch = patch
         self.label_smoothing = label_smoothing
         self.class_weights = class_weights
         self.average_strands = average_strands
+        self.chunk_length, self.chunk_offload = chunk_length, chunk_offload
 
         config = self.backbone_config
         if patch > 1 and config.reverse_complement:
@@ -107,6 +116,8 @@ class DNAClassification(Task):
         if pooling == "last" and pool_bins > 1:
             raise UserError("model.pool_bins must be 1 with model.pooling last: there is one last position")
         self.backbone = Backbone(config)
+        if chunk_length:
+            self._check_chunks(positions, standardize)
         self.embedding = SequenceEmbedding(
             config.d_model, kmer, motif, patch, positions, self.backbone.causal, standardize
         )
@@ -141,6 +152,14 @@ class DNAClassification(Task):
         Returns:
             (b, c) float32 logits. Padding and neighbours in the batch do not change them.
         """
+        if 0 < self.chunk_length < tokens.shape[1]:
+            pooled = self._pool_chunks(tokens, lengths)
+        else:
+            pooled = self._pool(tokens, lengths)
+        with torch.autocast(device_type=pooled.device.type, enabled=False):
+            return self.head(self.standardize(pooled))
+
+    def _pool(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         x = self.embedding(tokens, lengths)  # (b, l, d), l counting patches from here on
         if self.backbone_config.reverse_complement:
             other = self.embedding(tokens, lengths, other_strand=True)
@@ -150,9 +169,38 @@ class DNAClassification(Task):
         # Padding precedes the real tokens of a backward scan: its own segment keeps it out of their state.
         seq_idx = None if self.backbone.causal or bool(real.all()) else (~real).to(torch.int32)
         y, _ = self.backbone(x, seq_idx=seq_idx)
-        pooled = self.pooling(y, lengths)
-        with torch.autocast(device_type=pooled.device.type, enabled=False):
-            return self.head(self.standardize(pooled))
+        return self.pooling(y, lengths)
+
+    def _pool_chunks(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        patches = -(-lengths // self.patch)
+        wide = torch.promote_types(self.backbone.norm.weight.dtype, torch.float32)
+
+        def embed(start: int, stop: int) -> Tensor:
+            return self.embedding.chunk(tokens, lengths, start * self.patch, stop * self.patch)
+
+        gathered, _ = fold_backbone(
+            self.backbone,
+            embed,
+            lambda gathered, y, start: self.pooling.update(gathered, y, patches, start),
+            self.pooling.start(patches, self.backbone_config.d_model, wide),
+            length=-(-tokens.shape[1] // self.patch),
+            chunk_length=self.chunk_length // self.patch,
+            modules=[self.embedding],
+            offload=self.chunk_offload,
+        )
+        return self.pooling.finish(gathered, patches, wide)
+
+    def _check_chunks(self, positions: int, standardize: bool) -> None:
+        if self.chunk_length < 0 or self.chunk_length % self.patch:
+            raise UserError(
+                f"model.chunk_length is {self.chunk_length}: give a multiple of model.patch ({self.patch}), or 0"
+            )
+        if positions or standardize:
+            raise UserError(
+                "model.chunk_length cannot go with model.positions, which are for short windows, nor with "
+                "model.standardize, which needs statistics of the whole window before its first chunk: leave one out"
+            )
+        check_chunkable(self.backbone, self.chunk_length // self.patch, "model.chunk_length")
 
     def predict_proba(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         """(b, c) float32 probabilities, averaged over both strands if the task says so."""

@@ -78,6 +78,22 @@ class SequenceEmbedding(nn.Module):
             x = x + self._places(tokens.shape[1], lengths, other_strand)
         return x
 
+    def chunk(self, tokens: Tensor, lengths: Tensor, start: int, stop: int) -> Tensor:
+        """What :meth:`forward` gives for tokens ``start`` to ``stop``, from these and the few before them alone.
+
+        Args:
+            tokens, lengths: as there, on any device; the part is moved to the module's.
+            start: a multiple of ``patch``.
+            stop: another, or the end.
+
+        Returns:
+            (b, ceil((stop - start) / patch), d). For causal embeddings without ``positions`` and ``standardize``.
+        """
+        before = min(start, -(-max(self.kmer - 1, self.before) // self.patch) * self.patch)
+        part = tokens[:, start - before : stop].to(self.bases.weight.device)
+        x = self(part, (lengths - (start - before)).clamp(0, part.shape[1]))
+        return x[:, before // self.patch :]
+
     def _places(self, length: int, lengths: Tensor, reverse: bool) -> Tensor:
         """(1 or b, l, d)"""
         assert self.places is not None
@@ -164,6 +180,63 @@ class Pooling(nn.Module):
         if self.mode != "mean":
             pooled += [self._max(y, members).to(wide) for members in part]
         return torch.cat(pooled, dim=-1)
+
+    # ---- chunk by chunk, for one strand ----------------------------------------------------------------------------
+
+    def start(self, lengths: Tensor, d_model: int, dtype: torch.dtype) -> dict[str, Tensor]:
+        """What :meth:`update` starts from: sums (in float64), maxima or the last position of no positions yet.
+
+        Args:
+            lengths: (b,) positions that each sequence will have.
+            d_model: width d.
+            dtype: of the result, at least float32.
+        """
+        shape, device = (len(lengths), self.bins, d_model), lengths.device
+        if self.mode == "last":
+            return {"last": torch.zeros(shape[0], d_model, dtype=dtype, device=device)}
+        gathered = {}
+        if self.mode != "max":
+            gathered["sum"] = torch.zeros(shape, dtype=torch.float64, device=device)
+        if self.mode != "mean":
+            gathered["max"] = torch.full(shape, -torch.inf, dtype=dtype, device=device)
+        return gathered
+
+    def update(self, gathered: dict[str, Tensor], y: Tensor, lengths: Tensor, start: int) -> dict[str, Tensor]:
+        """Add positions ``start`` to ``start + l``, y (b, l, d), of sequences of (b,) ``lengths``.
+
+        Where two chunks attain a maximum exactly, each takes half of its gradient.
+        """
+        wide = torch.promote_types(y.dtype, torch.float32)
+        if self.mode == "last":
+            at = lengths - 1 - start
+            inside = (at >= 0) & (at < y.shape[1])
+            own = y[torch.arange(len(y), device=y.device), at.clamp(0, y.shape[1] - 1)].to(wide)
+            return {"last": torch.where(inside[:, None], own, gathered["last"])}
+        position = start + torch.arange(y.shape[1], device=y.device)[None]  # (1, l)
+        real = position < lengths[:, None]  # (b, l)
+        number = (position * self.bins).div(lengths[:, None], rounding_mode="floor")
+        part = [real & (number == i) for i in range(self.bins)] if self.bins > 1 else [real]
+        new = {}
+        if "sum" in gathered:
+            sums = [y.masked_fill(~members[..., None], 0).sum(1, dtype=wide) for members in part]
+            new["sum"] = gathered["sum"] + torch.stack(sums, 1)
+        if "max" in gathered:
+            peaks = [y.masked_fill(~members[..., None], -torch.inf).amax(1) for members in part]
+            new["max"] = torch.maximum(gathered["max"], torch.stack(peaks, 1).to(wide))
+        return new
+
+    def finish(self, gathered: dict[str, Tensor], lengths: Tensor, dtype: torch.dtype) -> Tensor:
+        """(b, width * d), as :meth:`forward` gives it."""
+        if self.mode == "last":
+            return gathered["last"]
+        edges = -(-torch.arange(self.bins + 1, device=lengths.device) * lengths[:, None] // self.bins)  # (b, bins + 1)
+        count = edges.diff(dim=1)[..., None]
+        pooled = []
+        if "sum" in gathered:
+            pooled.append((gathered["sum"] / count.clamp(min=1)).to(dtype))
+        if "max" in gathered:
+            pooled.append(gathered["max"].masked_fill(count == 0, 0))
+        return torch.cat(pooled, dim=1).flatten(1)
 
     @staticmethod
     def _mean(y: Tensor, members: Tensor | None, wide: torch.dtype) -> Tensor:

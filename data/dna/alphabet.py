@@ -22,7 +22,6 @@ for _token, _letters in enumerate((b"Aa", b"Cc", b"Gg", b"TtUu")):
 
 COMPLEMENT = np.array([T, G, C, A, N, PAD, MASK, 7], np.uint8)
 _DECODE = np.frombuffer(b"ACGTN.??", np.uint8)
-_COMPLEMENT = torch.from_numpy(COMPLEMENT.copy())
 
 
 def encode(letters: str | bytes) -> np.ndarray:
@@ -42,7 +41,8 @@ def decode(tokens: np.ndarray | Tensor) -> str:
 
 def complement(tokens: Tensor) -> Tensor:
     """Each base's complement, special tokens unchanged; any shape, any integer dtype."""
-    return _COMPLEMENT.to(tokens.device)[tokens.long()].to(tokens.dtype)
+    # Arithmetic, where a table would need an index of 8 bytes a base: chromosomes pass through here.
+    return torch.where(tokens <= T, T - tokens, tokens)
 
 
 def reverse_complement(tokens: Tensor, lengths: Tensor | None = None) -> Tensor:

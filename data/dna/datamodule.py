@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torch.utils.data import DataLoader
 
 from seqssm.data.dna.division import Division, WindowPlan
@@ -18,6 +18,7 @@ from seqssm.data.dna.sampling import (
 )
 from seqssm.data.dna.sources import Layout, Listing, list_sources
 from seqssm.data.dna.splits import SplitPlan
+from seqssm.data.dna.warmup import LengthWarmUp, collate_items, window_lengths
 from seqssm.data.loading import EpochSampler, ResumableLoader, ShardSampler
 from seqssm.errors import UserError
 
@@ -45,6 +46,10 @@ class DNADataModule(LightningDataModule):
         windows_per_epoch: default the number of train grid windows.
         balance: draw every class equally often in training.
         rc_probability: share of training windows read from the other strand.
+        warmup_from_bp: begin training with windows of so many bases and double them until they have `window_bp`; a step
+            takes as many more windows as they are shorter, so that its bases, and the steps of an epoch, stay the same
+            (`batch_size` and `windows_per_epoch` are those at full length). Validation is at full length throughout.
+        warmup_epochs: epochs at each length on the way.
         eval_windows: at most so many validation (and test) windows, spread evenly, classes in equal parts.
 
     Split: by the split column when there is one, else records at random; or one of
@@ -87,6 +92,8 @@ class DNADataModule(LightningDataModule):
         windows_per_epoch: int | None = None,
         balance: bool = False,
         rc_probability: float = 0.5,
+        warmup_from_bp: int | None = None,
+        warmup_epochs: int = 1,
         eval_windows: int | None = None,
         split_rules: list[dict[str, str | int]] | None = None,
         split_positions: dict[str, list[float]] | None = None,
@@ -143,6 +150,7 @@ class DNADataModule(LightningDataModule):
             classes_only=bool(classes),
         )
         self.train: TrainingDataset | None = None
+        self.warmup: LengthWarmUp | None = None
         self.val: WindowDataset | None = None
         self.test: WindowDataset | None = None
         self.report: Report | None = None
@@ -200,6 +208,8 @@ class DNADataModule(LightningDataModule):
             raise UserError(f"{self.layout.path}: the split leaves nothing to train on")
         if stage == "fit" and not self._reported:
             self._reported = True
+            if self.warmup is not None:
+                self._check_warmup(self.warmup)
             assert self.report is not None
             if self.settings["leakage_report"] and self._division is not None:
                 self._division.add_leakage(self.report)
@@ -214,21 +224,41 @@ class DNADataModule(LightningDataModule):
         division = Division(library, self.layout, self.labels, self.window_plan)
         division.divide(regions, self.split_plan, self.settings["group_column"] or default)
         self._grids = {split: WindowDataset(library, grid) for split, grid in division.grids.items()}
-        self.train = self._training(division) if "train" in division.grids else None
+        if "train" in division.grids:
+            self.train = self._training(division)
+            self.warmup = self._warmup(division, self.train)
         self.val = self._grids.get("val")
         self.test = self._grids.get("test")
         self.report = division.report(len(self.train) if self.train is not None else 0)
         self._division = division
 
-    def _training(self, division: Division) -> TrainingDataset:
+    def _warmup(self, division: Division, full: TrainingDataset) -> LengthWarmUp | None:
+        first = self.settings["warmup_from_bp"]
+        if first is None:
+            return None
+        lengths = window_lengths(first, self.settings["window_bp"])[:-1]
+        return LengthWarmUp([*(self._training(division, bp) for bp in lengths), full], self.settings["warmup_epochs"])
+
+    def _check_warmup(self, warmup: LengthWarmUp) -> None:
+        epochs = None if self.trainer is None else self.trainer.max_epochs
+        if epochs is not None and 0 <= epochs <= warmup.epochs:
+            raise UserError(
+                f"the warm-up takes {warmup.epochs} epochs and trainer.max_epochs is {epochs}: windows would never "
+                "reach window_bp; raise it, or warmup_from_bp, or lower warmup_epochs"
+            )
+        rank_zero_info(warmup.schedule(self.settings["batch_size"]))
+
+    def _training(self, division: Division, length_bp: int | None = None) -> TrainingDataset:
+        """Training windows of `window_bp`, or as many bases of shorter ones."""
         window_bp, grid = self.settings["window_bp"], division.grids["train"]
+        times = 1 if length_bp is None else window_bp // length_bp
         random_start = self.settings["sampling"] == "random" and window_bp is not None
         return TrainingDataset(
             division.library,
             division.candidates() if random_start else grid,
-            windows_per_epoch=self.settings["windows_per_epoch"] or len(grid),
+            windows_per_epoch=times * (self.settings["windows_per_epoch"] or len(grid)),
             seed=self.settings["seed"],
-            window_bp=window_bp,
+            window_bp=length_bp or window_bp,
             random_start=random_start,
             balance=self.settings["balance"],
             rc_probability=self.settings["rc_probability"],
@@ -247,12 +277,14 @@ class DNADataModule(LightningDataModule):
         self.setup("fit")
         assert self.train is not None
         rank, ranks = self._rank()
-        sampler = EpochSampler(self.train, self.settings["batch_size"], ranks, rank)
+        dataset = self.train if self.warmup is None else self.warmup
+        sampler = EpochSampler(dataset, self.settings["batch_size"], ranks, rank)
         if self.trainer is not None:
             sampler.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
-        return ResumableLoader(
-            self.train, batch_size=self.settings["batch_size"], sampler=sampler, **self._loader_arguments()
-        )
+        arguments = self._loader_arguments()
+        if self.warmup is not None:
+            arguments["collate_fn"] = collate_items
+        return ResumableLoader(dataset, batch_size=self.settings["batch_size"], sampler=sampler, **arguments)
 
     def val_dataloader(self) -> DataLoader | list:
         """Grid windows in order; no loader without a validation split."""
@@ -304,9 +336,14 @@ def _natural(label: str) -> tuple[int, int, str]:
 
 
 def _check_arguments(settings: dict[str, Any]) -> None:
-    for name in ("window_bp", "stride_bp", "min_window_bp", "windows_per_epoch", "eval_windows", "batch_size"):
+    counts = ("window_bp", "stride_bp", "min_window_bp", "windows_per_epoch", "eval_windows", "batch_size")
+    for name in (*counts, "warmup_epochs"):
         if settings[name] is not None and settings[name] < 1:
             raise UserError(f"{name} is {settings[name]}: it must be at least 1")
     for name in ("max_n_fraction", "rc_probability", "val_fraction"):
         if not 0 <= settings[name] <= 1:
             raise UserError(f"{name} is {settings[name]}: it must lie between 0 and 1")
+    if settings["warmup_from_bp"] is not None:
+        window_lengths(settings["warmup_from_bp"], settings["window_bp"])
+        if settings["sampling"] != "random":
+            raise UserError("warmup_from_bp needs sampling: random; a grid has windows of one length")

@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 
 from seqssm.commands import evaluate_asr, evaluate_tagging
+from seqssm.commands.evaluate_synthetic import evaluate_synthetic, is_synthetic
 from seqssm.errors import UserError
 from seqssm.tasks.base import Loaded, read_checkpoint, task_class
 from seqssm.tasks.tagging import AudioTagging
@@ -38,6 +39,9 @@ def run(args: argparse.Namespace) -> None:
     if evaluate_asr.is_asr(loaded):
         evaluate_asr.run(loaded, args)
         return
+    if is_synthetic(loaded, args.checkpoint):
+        evaluate_synthetic(loaded, args, build_datamodule(loaded, args.data, None))
+        return
     datamodule = build_datamodule(loaded, args.data, args.batch_size)
     if args.lengths or args.needle:
         evaluate_tagging.probe(loaded, args, datamodule)
@@ -60,7 +64,8 @@ def build_datamodule(loaded: Loaded, config: str | None, batch_size: int | None)
     from jsonargparse import ArgumentError, ArgumentParser
 
     import seqssm.data.audio.datamodule  # makes the short class names known to the parser
-    import seqssm.data.synthetic  # noqa: F401
+    import seqssm.data.synthetic
+    import seqssm.data.synthetic_tasks  # noqa: F401
     from seqssm.cli import find_config
 
     if config is not None:

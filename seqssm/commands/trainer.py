@@ -14,15 +14,19 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 import seqssm.data.audio.datamodule  # imports every DataModule: the parser knows short names of imported classes
 import seqssm.data.speech.datamodule
 import seqssm.data.synthetic
+import seqssm.data.synthetic_tasks
 import seqssm.tasks.asr
 import seqssm.tasks.dna  # the same for tasks
+import seqssm.tasks.synthetic
 import seqssm.tasks.tagging  # noqa: F401
 from seqssm.errors import UserError
 from seqssm.tasks.base import Task, read_checkpoint
 
 COMMANDS = ("fit", "validate", "test", "predict")
-FROM_DATA = ("labels", "multi_label", "features", "tokenizer", "text")
+FROM_DATA = ("labels", "multi_label", "features", "tokenizer", "text", "vocabulary_size")
 """Arguments of a model that are the data's to say; those that a task does not take are left out."""
+HOW_NOT_WHAT = ("thresholds", "chunk_length", "chunk_offload")
+"""Arguments of a model that a resumed run may change: they leave what is learnt as it is."""
 
 
 class TaskCLI(LightningCLI):
@@ -71,7 +75,7 @@ class TaskCLI(LightningCLI):
             model["init_args"].as_dict() if hasattr(model["init_args"], "as_dict") else dict(model["init_args"])
         )
         for key, value in stored["init_args"].items():
-            if key in configured and key not in (*FROM_DATA, "thresholds") and configured[key] != value:
+            if key in configured and key not in (*FROM_DATA, *HOW_NOT_WHAT) and configured[key] != value:
                 raise UserError(
                     f"--ckpt_path {path} was trained with model.{key} = {value}, the config says {configured[key]}; "
                     "make them agree to resume, or start from its weights with --model.init_args.init_from"

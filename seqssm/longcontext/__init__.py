@@ -1,0 +1,1 @@
+"""Sequences longer than one pass can hold: exact chunked backpropagation and its companions."""
