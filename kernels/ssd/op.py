@@ -12,8 +12,6 @@ from seqssm.kernels.ssd import reference
 
 # Its work is matrix products, which BLAS does best: there is no compiled CPU backend.
 _AVAILABLE = tuple(name for name in dispatch.BACKENDS if dispatch.has_backend("ssd", name))
-# The Triton kernels have been compared in the interpreter only: ask for them by name until they have run on a GPU.
-_AUTOMATIC = tuple(name for name in _AVAILABLE if name != "triton")
 
 
 def ssd(
@@ -61,7 +59,7 @@ def ssd(
     """
     direction = _check_arguments(x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx, reverse)
     check(chunk is None or chunk > 0, f"chunk must be a positive number of tokens, got {chunk}")
-    chosen = dispatch.choose_backend("ssd", backend, x, _AUTOMATIC if backend == "auto" else _AVAILABLE)
+    chosen = dispatch.choose_backend("ssd", backend, x, _AVAILABLE)
     if chosen == "reference":
         return reference.ssd(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, seq_idx, direction)
     inputs = (x, dt, A, B, C, D, z, dt_bias, initial_state)
@@ -97,7 +95,7 @@ def ssd_step(
     x1, dt1, B1, C1 = (v.unsqueeze(1) for v in (x, dt, B, C))
     z1 = None if z is None else z.unsqueeze(1)
     _check_arguments(x1, dt1, A, B1, C1, D, z1, dt_bias, state, None, False)
-    chosen = dispatch.choose_backend("ssd", backend, x, _AUTOMATIC if backend == "auto" else _AVAILABLE)
+    chosen = dispatch.choose_backend("ssd", backend, x, _AVAILABLE)
     if chosen == "triton":
         return _triton_step(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
     return _torch_step(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
