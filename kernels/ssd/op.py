@@ -196,7 +196,7 @@ def _forward_fake(
 
 def _backward_kernel(
     dy: Tensor,
-    dfinal_state: Tensor,
+    dfinal_state: Tensor | None,
     states: Tensor,
     x: Tensor,
     dt: Tensor,
@@ -226,7 +226,7 @@ def _backward_kernel(
 
 def _backward_fake(
     dy: Tensor,
-    dfinal_state: Tensor,
+    dfinal_state: Tensor | None,
     states: Tensor,
     x: Tensor,
     dt: Tensor,
@@ -258,9 +258,6 @@ def _autograd(ctx, dy, dfinal_state, _):  # type: ignore[no-untyped-def]
     states, x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx = ctx.saved_tensors
     if dy is None:
         dy = torch.zeros_like(x)
-    if dfinal_state is None:
-        b, _, h, p = x.shape
-        dfinal_state = x.new_zeros(b, h, p, B.shape[3], dtype=dispatch.state_dtype(x.dtype))
     optional = (initial_state, seq_idx, ctx.reverse, ctx.chunk, ctx.backend)
     dx, ddt, dA, dB, dC, *gradients = _backward(
         dy, dfinal_state, states, x, dt, A, B, C, D, z, dt_bias, ctx.dt_softplus, *optional

@@ -6,7 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
-from seqssm.kernels.ssd.triton_backward import finish_kernel, input_kernel, sum_kernel
+from seqssm.kernels.ssd.triton_backward import input_kernel, keep_kernel, reduce_kernel, sum_kernel
 from seqssm.kernels.ssd.triton_forward import output_kernel, pass_kernel, prepare_kernel, step_kernel, walk_kernel
 from seqssm.kernels.triton_tiles import reverse_mask, strides, use_device
 
@@ -21,13 +21,13 @@ _ENOUGH_PROGRAMS = 192
 _KEPT_BYTES = 768 << 20
 # States of a program of the sums over heads, and how many programs there should be: else a group's heads are split.
 _SUM_BLOCK_N = {False: 128, True: 64}
-_ENOUGH_SUMS = 396
+_ENOUGH_SUMS = 256
 # Chosen by the registers, spills and shared memory of the compiled kernels. Left to itself, the assembler compiles some
 # float32 kernels for 32 or 128 registers and spills thousands of values.
 _WALK = {False: {"num_warps": 4, "num_stages": 3}, True: {"num_warps": 4, "num_stages": 1}}
 _OUTPUT = {False: {"num_warps": 4, "num_stages": 2}, True: {"num_warps": 8, "num_stages": 1, "maxnreg": 255}}
 _INPUT = {False: {"num_warps": 4, "num_stages": 1}, True: {"num_warps": 8, "num_stages": 1, "maxnreg": 255}}
-_SUM = {False: {"num_warps": 8, "num_stages": 2}, True: {"num_warps": 4, "num_stages": 1}}
+_SUM = {False: {"num_warps": 4, "num_stages": 2}, True: {"num_warps": 4, "num_stages": 1}}
 
 
 class _Plan(NamedTuple):
@@ -69,29 +69,26 @@ def forward(
     n = B.shape[3]
     plan = _plan(x, B, C, chunk)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    final_state = _float32(b, h, n, p, like=x)
-    entering = None if initial_state is None else _transposed(initial_state)
-    carry = None if entering is None else entering.unsqueeze(1)
+    final_state = _float32(b, h, p, n, like=x)
+    states = _float32(b, plan.segments, h, n, p, like=x) if plan.segments > 1 else _float32(0, like=x)
     with use_device(x):
         scan = _Scan(plan, x, dt, A, B, dt_bias, dt_softplus, seq_idx, reverse)
         if plan.segments > 1:
-            carry, totals = _float32(b, plan.segments, h, n, p, like=x), _float32(b, plan.segments, h, like=x)
-            scan.walk(x, None, B, carry[:, :-1], totals[:, :-1], None, 0, adjoint=False)
-            _pass_states(carry, totals, entering, None, backward=False)
+            totals = _float32(b, plan.segments, h, like=x)
+            scan.walk(x, None, B, states[:, :-1], totals[:, :-1], 0, adjoint=False)
+            _pass_states(states, totals, initial_state, backward=False)
+        carry, *carry_strides = _carried(states, initial_state)
         output_kernel[(b * plan.segments * h * plan.blocks,)](
             x, B, C, D, z, *scan.decays, carry, y, final_state,
-            *x.stride(), *B.stride(), *C.stride(), *_skip_strides(D), *strides(z, 4),
+            *x.stride(), *B.stride(), *C.stride(), *_skip_strides(D), *strides(z, 4), *carry_strides,
             l, plan.chunks, plan.segments, plan.per_segment, *scan.sizes, **scan.blocks, **_OUTPUT[plan.exact],
         )  # fmt: skip
-    states = final_state.new_empty(0)
-    if save_states:
-        states = torch.zeros_like(final_state).unsqueeze(1) if carry is None else carry
-    return y, final_state.transpose(2, 3).contiguous(), states
+    return y, final_state, states if save_states else _float32(0, like=x)
 
 
 def backward(
     dy: Tensor,
-    dfinal_state: Tensor,
+    dfinal_state: Tensor | None,
     states: Tensor,
     x: Tensor,
     dt: Tensor,
@@ -107,22 +104,26 @@ def backward(
     reverse: tuple[bool, ...],
     chunk: int | None,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of x, dt, A, B, C, D, z, dt_bias and initial_state; slabs of segments, last to first."""
+    """Gradients of x, dt, A, B, C, D, z, dt_bias and initial_state (None for what is absent), by slabs of segments."""
     b, l, h, p = x.shape
     g, n = B.shape[2:]
     plan = _plan(x, B, C, chunk)
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    dz = None if z is None else torch.empty(z.shape, dtype=z.dtype, device=x.device)
-    ddt = _float32(b, l, h, like=x)
-    dsteps = _float32(b, h, plan.blocks, plan.chunks * plan.chunk, like=x)
-    dA = torch.zeros(h, dtype=torch.float32, device=x.device)
+    dx, ddt, dA = (torch.empty(v.shape, dtype=v.dtype, device=x.device) for v in (x, dt, A))
+    dz, dbias, dinitial = (
+        None if v is None else torch.empty(v.shape, dtype=v.dtype, device=x.device) for v in (z, dt_bias, initial_state)
+    )
+    rows = b * plan.chunks
+    sums = _float32(3, h, rows, like=x)
     channels = D is not None and D.dim() == 2
-    dD = torch.zeros(h, plan.blocks * (plan.block_p if channels else 1), dtype=torch.float32, device=x.device)
+    dD_parts = _float32(rows, h, plan.blocks * plan.block_p, like=x) if channels else None
+    dD = None if D is None or channels else torch.empty(D.shape, dtype=D.dtype, device=x.device)
     sum_block_n = min(plan.block_n, _SUM_BLOCK_N[plan.exact])
     sum_programs = b * g * plan.block_n // sum_block_n  # a chunk
     splits = _head_splits(sum_programs * plan.chunks, h // g)
     dB, dC = (
-        torch.empty((splits, *v.shape), dtype=v.dtype if splits == 1 else torch.float32, device=x.device)
+        torch.empty((splits, *v.shape), dtype=v.dtype, device=x.device)
+        if splits == 1
+        else _float32(splits, *v.shape, like=x)
         for v in (B, C)
     )
     kept_dtype = torch.float32 if plan.exact else x.dtype
@@ -131,56 +132,50 @@ def backward(
     slab = triton.cdiv(plan.segments, slabs)
     kept_size = b * slab * plan.per_segment * h * plan.state_size
     entering, leaving = (torch.empty(kept_size, dtype=kept_dtype, device=x.device) for _ in range(2))
-    dstate, dinitial = _transposed(dfinal_state), _float32(b, h, n, p, like=x)
     with use_device(x):
         scan = _Scan(plan, x, dt, A, B, dt_bias, dt_softplus, seq_idx, reverse)
-        for end in range(plan.segments, 0, -slab):
-            first = max(0, end - slab)
-            count = end - first
-            scan.walk(x, None, B, states[:, first:end], None, entering, first, adjoint=False)
-            adjoint = dstate.unsqueeze(1)
-            if end > 1:
-                adjoint, totals = _float32(b, count, h, n, p, like=x), _float32(b, count, h, like=x)
-                unused = int(first == 0)  # nothing needs what the first segment of all makes
-                scan.walk(dy, z, C, adjoint[:, unused:], totals[:, unused:], None, first + unused, adjoint=True)
-                _pass_states(adjoint, totals, dstate, dstate, backward=True)
-            dA_part = _float32(b * count, h, plan.blocks, like=x)
-            dD_part = None if D is None else _float32(b * count, *dD.shape, like=x)
-            input_kernel[(b * count * h * plan.blocks,)](
-                x, dy, A, B, C, D, z, *scan.decays, adjoint, entering, leaving,
-                dx, dz, dsteps, dA_part, dD_part, dinitial,
-                *x.stride(), *dy.stride(), *A.stride(), *B.stride(), *C.stride(), *_skip_strides(D), *strides(z, 4),
-                l, plan.chunks, first, count, plan.per_segment, *scan.sizes,
-                CHANNELS=channels, **scan.blocks, **_INPUT[plan.exact],
+        adjoints = states
+        if plan.segments > 1:
+            adjoints, totals = torch.empty_like(states), _float32(b, plan.segments, h, like=x)
+            # Nothing needs what the first segment makes.
+            scan.walk(dy, z, C, adjoints[:, 1:], totals[:, 1:], 1, adjoint=True)
+            _pass_states(adjoints, totals, dfinal_state, backward=True)
+        S, *S_strides = _carried(states, initial_state)
+        R, *R_strides = _carried(adjoints, dfinal_state)
+        layout = (*x.stride(), *dy.stride())
+        groups = (*B.stride(), *C.stride())
+        for first in range(0, plan.segments, slab):
+            count = min(slab, plan.segments - first)
+            keep_kernel[(2 * b * count * h * plan.blocks,)](
+                x, dy, B, C, z, *scan.decays, S, R, entering, leaving, dinitial,
+                *layout, *groups, *strides(z, 4), *S_strides, *R_strides,
+                l, plan.chunks, first, count, plan.per_segment, *scan.sizes, **scan.blocks, **_WALK[plan.exact],
             )  # fmt: skip
-            kept_chunks = count * plan.per_segment
+            first_chunk, kept_chunks = first * plan.per_segment, count * plan.per_segment
+            input_kernel[(b * kept_chunks * h,)](
+                x, dy, A, B, C, D, z, *scan.decays, entering, leaving, dx, dz, ddt, sums, dD_parts,
+                *layout, *A.stride(), *groups, *_skip_strides(D), *strides(z, 4),
+                l, plan.chunks, first_chunk, kept_chunks, rows, *scan.sizes,
+                SOFTPLUS=dt_softplus, CHANNELS=channels, **scan.blocks, **_INPUT[plan.exact],
+            )  # fmt: skip
             sum_kernel[(sum_programs * kept_chunks * splits,)](
                 x, dy, B, C, z, *scan.decays, entering, leaving, dB, dC,
-                *x.stride(), *dy.stride(), *B.stride(), *C.stride(), *strides(z, 4), dB.stride(0),
-                l, plan.chunks, first * plan.per_segment, kept_chunks, splits, *scan.sizes,
+                *layout, *groups, *strides(z, 4), dB.stride(0),
+                l, plan.chunks, first_chunk, kept_chunks, splits, *scan.sizes,
                 **scan.blocks | {"BLOCK_N": sum_block_n}, PADDED_N=plan.block_n, **_SUM[plan.exact],
             )  # fmt: skip
-            dA += dA_part.sum((0, 2))
-            if dD_part is not None:
-                dD += dD_part.sum(0)
-        scan.finish(dsteps, ddt)
-    return (
-        dx,
-        ddt,
-        dA,
-        dB[0] if splits == 1 else dB.sum(0),
-        dC[0] if splits == 1 else dC.sum(0),
-        None if D is None else dD[:, :p] if channels else dD.sum(1),
-        dz,
-        None if dt_bias is None else ddt.sum((0, 1)),
-        None if initial_state is None else dinitial.transpose(2, 3),
-    )
+        reduce_kernel[(h * (3 if dD is not None else 2),)](sums, dA, dbias, dD, rows, h, BLOCK=1024, num_warps=4)
+    if dD_parts is not None:
+        dD = dD_parts.sum(0)[:, :p]
+    dB, dC = (v[0] if splits == 1 else v.sum(0) for v in (dB, dC))
+    return dx, ddt, dA, dB, dC, dD, dz, dbias, dinitial
 
 
 def empty_states(x: Tensor, B: Tensor, chunk: int | None) -> Tensor:
-    """Room for the states that enter the segments: (b, segments, h, n, p) float32."""
+    """Room for the states that enter the segments: (b, segments, h, n, p) float32, empty for a single segment."""
     b, _, h, p = x.shape
-    return _float32(b, _segments(x)[1], h, B.shape[3], p, like=x)
+    segments = _segments(x)[1]
+    return _float32(b, segments, h, B.shape[3], p, like=x) if segments > 1 else _float32(0, like=x)
 
 
 def step(
@@ -226,7 +221,7 @@ class _Scan:
         seq_idx: Tensor | None,
         reverse: tuple[bool, ...],
     ) -> None:
-        self.plan, self.dt, self.dt_bias, self.dt_softplus = plan, dt, dt_bias, dt_softplus
+        self.plan = plan
         self.b, self.l, self.h, p = x.shape
         g, n = B.shape[2:]
         self.sizes = (self.h, self.h // g, p, n, reverse_mask(reverse))
@@ -237,17 +232,17 @@ class _Scan:
             "BLOCK_P": plan.block_p,
             "BLOCKS": plan.blocks,
         }
-        self.block_h = min(triton.next_power_of_2(self.h), 16)
+        block_h = min(triton.next_power_of_2(self.h), 16)
         padded = plan.chunks * plan.chunk
         steps = _float32(self.b, self.h, padded, like=x)
         logs = torch.empty_like(steps, dtype=torch.float64 if plan.exact else torch.float32)
         resets = None if seq_idx is None else torch.empty_like(steps, dtype=torch.int32)
         self.decays = (steps, logs, resets)
-        prepare_kernel[(self.b * plan.chunks * triton.cdiv(self.h, self.block_h),)](
+        prepare_kernel[(self.b * plan.chunks * triton.cdiv(self.h, block_h),)](
             dt, A, dt_bias, seq_idx, *self.decays,
             *dt.stride(), *A.stride(), *strides(dt_bias, 1), *strides(seq_idx, 2),
             self.l, padded, self.h, self.h // g, self.sizes[-1],
-            SOFTPLUS=dt_softplus, CHUNK=plan.chunk, BLOCK=self.block_h, num_warps=2,
+            SOFTPLUS=dt_softplus, CHUNK=plan.chunk, BLOCK=block_h, num_warps=2,
         )  # fmt: skip
 
     def walk(
@@ -256,39 +251,37 @@ class _Scan:
         gate: Tensor | None,
         keys: Tensor,
         carry: Tensor,
-        totals: Tensor | None,
-        kept: Tensor | None,
+        totals: Tensor,
         first: int,
         adjoint: bool,
     ) -> None:
-        """Walk the segments of ``carry`` (b, segments, h, n, p), of which ``first`` is the first."""
+        """What the segments of ``carry`` (b, segments, h, n, p), of which ``first`` is the first, make from zero."""
         segments = carry.shape[1]
         walk_kernel[(self.b * segments * self.h * self.plan.blocks,)](
-            values, gate, keys, *self.decays, carry, totals, kept,
-            *values.stride(), *strides(gate, 4), *keys.stride(), carry.stride(0), *strides(totals, 3)[:1],
+            values, gate, keys, *self.decays, carry, totals,
+            *values.stride(), *strides(gate, 4), *keys.stride(), carry.stride(0), totals.stride(0),
             self.l, self.plan.chunks, first, segments, self.plan.per_segment, *self.sizes,
-            ADJOINT=adjoint, KEEP=kept is not None, **self.blocks, **_WALK[self.plan.exact],
-        )  # fmt: skip
-
-    def finish(self, dsteps: Tensor, ddt: Tensor) -> None:
-        """Write ddt (b, l, h) from the gradient of the step sizes (b, h, blocks, t)."""
-        block_t = 64
-        finish_kernel[(self.b * triton.cdiv(self.l, block_t) * triton.cdiv(self.h, self.block_h),)](
-            dsteps, self.dt, self.dt_bias, ddt, *self.dt.stride(), *strides(self.dt_bias, 1),
-            self.l, dsteps.shape[3], *self.sizes[:2], self.sizes[-1],
-            SOFTPLUS=self.dt_softplus, BLOCKS=self.plan.blocks, BLOCK_T=block_t, BLOCK=self.block_h, num_warps=2,
+            ADJOINT=adjoint, **self.blocks, **_WALK[self.plan.exact],
         )  # fmt: skip
 
 
-def _pass_states(
-    carry: Tensor, totals: Tensor, entering: Tensor | None, leaving: Tensor | None, backward: bool
-) -> None:
+def _pass_states(carry: Tensor, totals: Tensor, entering: Tensor | None, backward: bool) -> None:
     b, segments, h, n, p = carry.shape
     block = 64
+    at = (0, 0, 0, 0) if entering is None else (*entering.stride()[:2], entering.stride(3), entering.stride(2))
     pass_kernel[(b * h * triton.cdiv(n * p, block),)](
-        carry, totals, entering, leaving, segments, h, n * p,
-        BACKWARD=backward, UNROLL=16, BLOCK=block, num_warps=1,
-    )  # fmt: skip
+        carry, totals, entering, *at, segments, h, p, n * p, BACKWARD=backward, UNROLL=16, BLOCK=block, num_warps=1
+    )
+
+
+def _carried(states: Tensor, single: Tensor | None) -> tuple[Tensor | None, int, int, int, int, int]:
+    """States (b, segments, h, n, p) and their strides; where there is one segment, ``single`` (b, h, p, n) as such."""
+    if states.numel():
+        return (states, *states.stride())
+    if single is None:
+        return (None, 0, 0, 0, 0, 0)
+    b, h, p, n = single.stride()
+    return single, b, 0, h, n, p
 
 
 def _plan(x: Tensor, B: Tensor, C: Tensor, chunk: int | None) -> _Plan:
@@ -297,6 +290,8 @@ def _plan(x: Tensor, B: Tensor, C: Tensor, chunk: int | None) -> _Plan:
     q = min(_CHUNK[exact], max(16, triton.next_power_of_2(min(chunk or _CHUNK[exact], l))))
     segment, segments = _segments(x)
     chunks = triton.cdiv(l, q)
+    block_n = max(16, triton.next_power_of_2(B.shape[3]))
+    # TODO narrow
     block_p = min(_BLOCK_P[exact], max(16, triton.next_power_of_2(p)))
     return _Plan(
         exact=exact,
@@ -304,7 +299,7 @@ def _plan(x: Tensor, B: Tensor, C: Tensor, chunk: int | None) -> _Plan:
         chunks=chunks,
         per_segment=segment // q if segments > 1 else chunks,
         segments=segments,
-        block_n=max(16, triton.next_power_of_2(B.shape[3])),
+        block_n=block_n,
         block_p=block_p,
         blocks=triton.cdiv(p, block_p),
     )
@@ -327,13 +322,6 @@ def _head_splits(programs: int, heads: int) -> int:
 def _skip_strides(D: Tensor | None) -> tuple[int, int]:
     """Strides of D (h,) or (h, p) over heads and channels."""
     return (0, 0) if D is None else (D.stride(0), D.stride(1) if D.dim() == 2 else 0)
-
-
-def _transposed(state: Tensor) -> Tensor:
-    """A state (b, h, p, n) as a new contiguous float32 one (b, h, n, p)."""
-    return torch.empty_like(state.transpose(2, 3), dtype=torch.float32, memory_format=torch.contiguous_format).copy_(
-        state.transpose(2, 3)
-    )
 
 
 def _float32(*shape: int, like: Tensor) -> Tensor:

@@ -19,9 +19,8 @@ INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @triton.jit
-def locate(heads, segments, BLOCKS: tl.constexpr):
-    """Batch row, segment, head and block of channels of this program. Heads next to each other share B and C."""
-    pid = tl.program_id(0)
+def locate(pid, heads, segments, BLOCKS: tl.constexpr):
+    """Batch row, segment, head and block of channels of program ``pid``. Heads next to each other share B and C."""
     block = pid % BLOCKS
     head = (pid // BLOCKS) % heads
     segment = (pid // (BLOCKS * heads)) % segments
@@ -64,23 +63,29 @@ def store_tokens(pointer, batch, t, length, direction, stride_b, stride_t, colum
 
 
 @triton.jit
-def load_state(pointer, n, p, block, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr):
+def state_offsets(n, p, block, stride_n, stride_p, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr):
+    """Offsets of one block of a state (n, p) with any strides, and which lie inside."""
+    i = tl.arange(0, BLOCK_N)
+    j = block * BLOCK_P + tl.arange(0, BLOCK_P)
+    at = i.to(tl.int64)[:, None] * stride_n + j.to(tl.int64)[None, :] * stride_p
+    return at, (i < n)[:, None] & (j < p)[None, :]
+
+
+@triton.jit
+def load_state(pointer, n, p, block, stride_n, stride_p, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr):
     """One block of a state (n, p), zeros where it is padded; zeros for no pointer at all."""
     state = tl.zeros([BLOCK_N, BLOCK_P], tl.float32)
     if pointer is not None:
-        i = tl.arange(0, BLOCK_N)
-        j = block * BLOCK_P + tl.arange(0, BLOCK_P)
-        mask = (i < n)[:, None] & (j < p)[None, :]
-        state = tl.load(pointer + i[:, None] * p + j[None, :], mask=mask, other=0.0)
+        at, mask = state_offsets(n, p, block, stride_n, stride_p, BLOCK_N, BLOCK_P)
+        state = tl.load(pointer + at, mask=mask, other=0.0).to(tl.float32)
     return state
 
 
 @triton.jit
-def store_state(pointer, n, p, block, state, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr):
+def store_state(pointer, n, p, block, stride_n, stride_p, state, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr):
     """Write one block of a state (n, p)."""
-    i = tl.arange(0, BLOCK_N)
-    j = block * BLOCK_P + tl.arange(0, BLOCK_P)
-    tl.store(pointer + i[:, None] * p + j[None, :], state, mask=(i < n)[:, None] & (j < p)[None, :])
+    at, mask = state_offsets(n, p, block, stride_n, stride_p, BLOCK_N, BLOCK_P)
+    tl.store(pointer + at, state.to(pointer.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -162,25 +167,19 @@ def prepare_kernel(
         tl.store(resets + out, tl.cumsum((current != previous).to(tl.int32), axis=0), mask=written)
 
 
-@triton.jit(
-    do_not_specialize=["length", "chunks", "first", "segments", "per_segment", "carry_b", "totals_b", "reverse_mask"]
-)
-def walk_kernel(
-    values, gate, keys, steps, logs, resets, carry, totals, kept,
+@triton.jit
+def walk_segment(
+    values, gate, keys, steps, logs, resets, state, kept, batch, head, block, begin, count, first_kept, kept_chunks,
     values_b, values_t, values_h, values_p, gate_b, gate_t, gate_h, gate_p, keys_b, keys_t, keys_g, keys_n,
-    carry_b, totals_b,
-    length, chunks, first, segments, per_segment, heads, per_group, p, n, reverse_mask,
+    length, chunks, heads, per_group, p, n, reverse_mask,
     ADJOINT: tl.constexpr, KEEP: tl.constexpr, EXACT: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """Walk the states through one segment of ``per_segment`` chunks; ``first`` is the number of segments before.
+    """Walk ``state`` through ``count`` chunks from number ``begin`` on; returns it and the log2 decay of all of them.
 
-    From x and B, or with ADJOINT, last chunk to first, from dy (times silu of ``gate``) and C. With KEEP it starts from
-    ``carry`` (b, segments, h, n, p) and writes the state entering each chunk to ``kept`` (b, chunks, h, blocks,
-    BLOCK_N, BLOCK_P). Else it starts from zero, and leaves the end state in ``carry`` and the log2 decay of the segment
-    in ``totals`` (b, segments, h).
+    From x and B, or with ADJOINT, last chunk to first, from dy (times silu of ``gate``) and C. With KEEP the state that
+    enters each chunk (leaves it, with ADJOINT) goes to ``kept`` (b, chunks, h, blocks, BLOCK_N, BLOCK_P).
     """
-    batch, s, head, block = locate(heads, segments, BLOCKS)
     group = head // per_group
     direction = 1 - 2 * ((reverse_mask >> group) & 1)
     columns, inside = offsets(head, values_h, block * BLOCK_P, BLOCK_P, p, values_p)
@@ -188,21 +187,14 @@ def walk_kernel(
         gate_columns, _ = offsets(head, gate_h, block * BLOCK_P, BLOCK_P, p, gate_p)
     states, real = offsets(group, keys_g, 0, BLOCK_N, n, keys_n)
     at = (batch * heads + head) * (chunks * CHUNK)
-    begin = (first + s) * per_segment
-    count = tl.minimum(per_segment, chunks - begin)
-    carry += batch * carry_b + (s * heads + head).to(tl.int64) * (n * p)
     dtype = tl.float32 if EXACT else values.dtype.element_ty
-    if KEEP:
-        state = load_state(carry, n, p, block, BLOCK_N, BLOCK_P)
-    else:
-        state = tl.zeros([BLOCK_N, BLOCK_P], tl.float32)
     total = tl.full((), 0.0, tl.float32)
     for i in range(count):
         c = count - 1 - i if ADJOINT else i
         t = (begin + c) * CHUNK
         if KEEP:
             at_kept = chunk_state(
-                kept, batch, s * per_segment + c, segments * per_segment, head, heads, block, BLOCKS, BLOCK_N * BLOCK_P
+                kept, batch, first_kept + c, kept_chunks, head, heads, block, BLOCKS, BLOCK_N * BLOCK_P
             )
             inner = tl.arange(0, BLOCK_N)[:, None] * BLOCK_P + tl.arange(0, BLOCK_P)[None, :]
             tl.store(at_kept + inner, state.to(kept.dtype.element_ty))
@@ -220,20 +212,47 @@ def walk_kernel(
         drive = (x * weight[:, None]).to(dtype)
         state = tl.dot(tl.trans(key), drive, acc=state * tl.exp2(through), input_precision="ieee")
         total += through
-    if not KEEP:
-        store_state(carry, n, p, block, state, BLOCK_N, BLOCK_P)
-        tl.store(totals + batch * totals_b + s * heads + head, total)
+    return state, total
+
+
+@triton.jit(
+    do_not_specialize=["length", "chunks", "first", "segments", "per_segment", "carry_b", "totals_b", "reverse_mask"]
+)
+def walk_kernel(
+    values, gate, keys, steps, logs, resets, carry, totals,
+    values_b, values_t, values_h, values_p, gate_b, gate_t, gate_h, gate_p, keys_b, keys_t, keys_g, keys_n,
+    carry_b, totals_b,
+    length, chunks, first, segments, per_segment, heads, per_group, p, n, reverse_mask,
+    ADJOINT: tl.constexpr, EXACT: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """What one segment of ``per_segment`` chunks makes from zero: its end state (its first adjoint) in ``carry``
+    (b, segments, h, n, p) and its log2 decay in ``totals`` (b, segments, h); ``first`` is the number of segments before.
+    """
+    batch, s, head, block = locate(tl.program_id(0), heads, segments, BLOCKS)
+    begin = (first + s) * per_segment
+    state = tl.zeros([BLOCK_N, BLOCK_P], tl.float32)
+    state, total = walk_segment(
+        values, gate, keys, steps, logs, resets, state, None, batch, head, block,
+        begin, tl.minimum(per_segment, chunks - begin), 0, 0,
+        values_b, values_t, values_h, values_p, gate_b, gate_t, gate_h, gate_p, keys_b, keys_t, keys_g, keys_n,
+        length, chunks, heads, per_group, p, n, reverse_mask,
+        ADJOINT, False, EXACT, CHUNK, BLOCK_N, BLOCK_P, BLOCKS,
+    )  # fmt: skip
+    carry += batch * carry_b + (s * heads + head).to(tl.int64) * (n * p)
+    store_state(carry, n, p, block, p, 1, state, BLOCK_N, BLOCK_P)
+    tl.store(totals + batch * totals_b + s * heads + head, total)
 
 
 @triton.jit(do_not_specialize=["segments"])
 def pass_kernel(
-    carry, totals, entering, leaving, segments, heads, size,
+    carry, totals, entering, entering_b, entering_h, entering_n, entering_p, segments, heads, p, size,
     BACKWARD: tl.constexpr, UNROLL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Turn ``carry`` (b, segments, h, size) in place from what each segment makes by itself into what enters it.
+    """Turn ``carry`` (b, segments, h, n, p) in place from what each segment makes by itself into what enters it.
 
-    ``entering``, ``leaving`` (b, h, size) or None: what enters the first segment and leaves the last. BACKWARD goes
-    from the last segment to the first. Memory is read UNROLL segments ahead of the recurrence.
+    ``entering`` is what enters the first segment, None for zero; ``size`` is n * p. BACKWARD goes from the last segment
+    to the first. Memory is read UNROLL segments ahead of the recurrence.
     """
     blocks = tl.cdiv(size, BLOCK)
     pid = tl.program_id(0)
@@ -241,10 +260,11 @@ def pass_kernel(
     mask = lane < size
     head = (pid // blocks) % heads
     batch = (pid // (blocks * heads)).to(tl.int64)
-    corner = (batch * heads + head) * size + lane
     h = tl.zeros([BLOCK], tl.float32)
     if entering is not None:
-        h = tl.load(entering + corner, mask=mask, other=0.0)
+        at = (lane // p).to(tl.int64) * entering_n + (lane % p).to(tl.int64) * entering_p
+        at += batch * entering_b + head.to(tl.int64) * entering_h
+        h = tl.load(entering + at, mask=mask, other=0.0).to(tl.float32)
     carry += (batch * segments * heads + head) * size + lane
     totals += batch * segments * heads + head
     size_step, total_step = tl.cast(heads * size, tl.int64), heads
@@ -263,21 +283,20 @@ def pass_kernel(
             h = h * decays[j] + ends[j]
         carry += UNROLL * size_step
         totals += UNROLL * total_step
-    if leaving is not None:
-        tl.store(leaving + corner, h, mask=mask)
 
 
 @triton.jit(do_not_specialize=["length", "chunks", "segments", "per_segment", "reverse_mask"])
 def output_kernel(
     x, B, C, D, z, steps, logs, resets, carry, y, final_state,
     x_b, x_t, x_h, x_p, B_b, B_t, B_g, B_n, C_b, C_t, C_g, C_n, D_h, D_p, z_b, z_t, z_h, z_p,
+    carry_b, carry_s, carry_h, carry_n, carry_p,
     length, chunks, segments, per_segment, heads, per_group, p, n, reverse_mask,
     EXACT: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """y (b, l, h, p) of one segment, from the state in ``carry`` (b, segments, h, n, p), zero when None; the last
-    segment writes ``final_state`` (b, h, n, p)."""
-    batch, s, head, block = locate(heads, segments, BLOCKS)
+    """y (b, l, h, p) of one segment, from the state in ``carry``, zero when None; the last segment writes
+    ``final_state`` (b, h, p, n)."""
+    batch, s, head, block = locate(tl.program_id(0), heads, segments, BLOCKS)
     group = head // per_group
     direction = 1 - 2 * ((reverse_mask >> group) & 1)
     columns, inside = offsets(head, x_h, block * BLOCK_P, BLOCK_P, p, x_p)
@@ -291,8 +310,8 @@ def output_kernel(
     count = tl.minimum(per_segment, chunks - begin)
     dtype = tl.float32 if EXACT else x.dtype.element_ty
     if carry is not None:
-        carry += ((batch * segments + s) * heads + head) * (n * p)
-    state = load_state(carry, n, p, block, BLOCK_N, BLOCK_P)
+        carry += batch * carry_b + s.to(tl.int64) * carry_s + head.to(tl.int64) * carry_h
+    state = load_state(carry, n, p, block, carry_n, carry_p, BLOCK_N, BLOCK_P)
     if D is not None:
         skip_columns, _ = offsets(head, D_h, block * BLOCK_P, BLOCK_P, p, D_p)
     y_t = heads * p
@@ -317,7 +336,7 @@ def output_kernel(
             out *= gate * sigmoid(gate)
         store_tokens(y, batch, t, length, direction, length.to(tl.int64) * y_t, y_t, y_columns, inside, out, CHUNK)
     if s == segments - 1:
-        store_state(final_state + (batch * heads + head) * (n * p), n, p, block, state, BLOCK_N, BLOCK_P)
+        store_state(final_state + (batch * heads + head) * (n * p), n, p, block, 1, n, state, BLOCK_N, BLOCK_P)
 
 
 @triton.jit

@@ -70,7 +70,7 @@ def forward(
 
 def backward(
     dy: Tensor,
-    dfinal_state: Tensor,
+    dfinal_state: Tensor | None,
     states: Tensor,
     x: Tensor,
     dt: Tensor,
@@ -98,7 +98,7 @@ def backward(
         A=A.new_zeros(A.shape, dtype=torch.float64),
         D=None if D is None else D.new_zeros(D.shape, dtype=torch.float64),
     )
-    dinitial_state = None if initial_state is None else dfinal_state.new_empty(dfinal_state.shape)
+    dinitial_state = None if initial_state is None else initial_state.new_empty(initial_state.shape, dtype=dtype)
     with exact_matmul(x.device):
         step = _step_size(dt, dt_bias, dt_softplus, dtype)
         for part in _parts(x, B, chunk, reverse):
