@@ -14,6 +14,9 @@ from seqssm.kernels.triton_tiles import reverse_mask, strides, use_device
 # without matrix units, and hold whole rows and columns of their operands in registers.
 _CHUNK = {False: 64, True: 16}
 _BLOCK_P = {False: 64, True: 32}
+# Channels of a program, at least, by padded states: the warp-group products of 16-bit inputs start at 64 states, and on
+# an H200 those with 16 channels gave a wrong gradient of the initial state.
+_NARROWEST = {16: 16, 32: 16}
 # Tokens of a segment: the most, and, where that many programs would not fill the GPU, the least.
 _SEGMENT, _SHORTEST_SEGMENT = 2048, 256
 _ENOUGH_PROGRAMS = 192
@@ -72,13 +75,16 @@ def forward(
     final_state = _float32(b, h, p, n, like=x)
     states = _float32(b, plan.segments, h, n, p, like=x) if plan.segments > 1 else _float32(0, like=x)
     with use_device(x):
-        scan = _Scan(plan, x, dt, A, B, dt_bias, dt_softplus, seq_idx, reverse)
+        tensors = (x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx)
+        launch = _launcher("forward", plan, dt_softplus, reverse, tensors=tensors)
+        scan = _Scan(plan, launch, x, dt, A, B, dt_bias, dt_softplus, seq_idx, reverse)
         if plan.segments > 1:
             totals = _float32(b, plan.segments, h, like=x)
             scan.walk(x, None, B, states[:, :-1], totals[:, :-1], 0, adjoint=False)
-            _pass_states(states, totals, initial_state, backward=False)
+            _pass_states(launch, states, totals, initial_state, backward=False)
         carry, *carry_strides = _carried(states, initial_state)
-        output_kernel[(b * plan.segments * h * plan.blocks,)](
+        launch(
+            output_kernel, b * plan.segments * h * plan.blocks,
             x, B, C, D, z, *scan.decays, carry, y, final_state,
             *x.stride(), *B.stride(), *C.stride(), *_skip_strides(D), *strides(z, 4), *carry_strides,
             l, plan.chunks, plan.segments, plan.per_segment, *scan.sizes, **scan.blocks, **_OUTPUT[plan.exact],
@@ -133,38 +139,43 @@ def backward(
     kept_size = b * slab * plan.per_segment * h * plan.state_size
     entering, leaving = (torch.empty(kept_size, dtype=kept_dtype, device=x.device) for _ in range(2))
     with use_device(x):
-        scan = _Scan(plan, x, dt, A, B, dt_bias, dt_softplus, seq_idx, reverse)
+        tensors = (dy, dfinal_state, states, x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx)
+        launch = _launcher("backward", plan, dt_softplus, reverse, splits, slab, tensors=tensors)
+        scan = _Scan(plan, launch, x, dt, A, B, dt_bias, dt_softplus, seq_idx, reverse)
         adjoints = states
         if plan.segments > 1:
             adjoints, totals = torch.empty_like(states), _float32(b, plan.segments, h, like=x)
             # Nothing needs what the first segment makes.
             scan.walk(dy, z, C, adjoints[:, 1:], totals[:, 1:], 1, adjoint=True)
-            _pass_states(adjoints, totals, dfinal_state, backward=True)
+            _pass_states(launch, adjoints, totals, dfinal_state, backward=True)
         S, *S_strides = _carried(states, initial_state)
         R, *R_strides = _carried(adjoints, dfinal_state)
         layout = (*x.stride(), *dy.stride())
         groups = (*B.stride(), *C.stride())
         for first in range(0, plan.segments, slab):
             count = min(slab, plan.segments - first)
-            keep_kernel[(2 * b * count * h * plan.blocks,)](
+            launch(
+                keep_kernel, 2 * b * count * h * plan.blocks,
                 x, dy, B, C, z, *scan.decays, S, R, entering, leaving, dinitial,
                 *layout, *groups, *strides(z, 4), *S_strides, *R_strides,
                 l, plan.chunks, first, count, plan.per_segment, *scan.sizes, **scan.blocks, **_WALK[plan.exact],
             )  # fmt: skip
             first_chunk, kept_chunks = first * plan.per_segment, count * plan.per_segment
-            input_kernel[(b * kept_chunks * h,)](
+            launch(
+                input_kernel, b * kept_chunks * h,
                 x, dy, A, B, C, D, z, *scan.decays, entering, leaving, dx, dz, ddt, sums, dD_parts,
                 *layout, *A.stride(), *groups, *_skip_strides(D), *strides(z, 4),
                 l, plan.chunks, first_chunk, kept_chunks, rows, *scan.sizes,
                 SOFTPLUS=dt_softplus, CHANNELS=channels, **scan.blocks, **_INPUT[plan.exact],
             )  # fmt: skip
-            sum_kernel[(sum_programs * kept_chunks * splits,)](
+            launch(
+                sum_kernel, sum_programs * kept_chunks * splits,
                 x, dy, B, C, z, *scan.decays, entering, leaving, dB, dC,
                 *layout, *groups, *strides(z, 4), dB.stride(0),
                 l, plan.chunks, first_chunk, kept_chunks, splits, *scan.sizes,
                 **scan.blocks | {"BLOCK_N": sum_block_n}, PADDED_N=plan.block_n, **_SUM[plan.exact],
             )  # fmt: skip
-        reduce_kernel[(h * (3 if dD is not None else 2),)](sums, dA, dbias, dD, rows, h, BLOCK=1024, num_warps=4)
+        launch(reduce_kernel, 3 * h, sums, dA, dbias, dD, rows, h, BLOCK=1024, num_warps=4)
     if dD_parts is not None:
         dD = dD_parts.sum(0)[:, :p]
     dB, dC = (v[0] if splits == 1 else v.sum(0) for v in (dB, dC))
@@ -197,7 +208,9 @@ def step(
     block_n = triton.next_power_of_2(n)
     block_p = min(triton.next_power_of_2(p), max(1, 2048 // block_n))
     with use_device(x):
-        step_kernel[(b * h * triton.cdiv(p, block_p),)](
+        launch = _launcher("step", dt_softplus, tensors=(state, x, dt, A, B, C, D, z, dt_bias))
+        launch(
+            step_kernel, b * h * triton.cdiv(p, block_p),
             state, x, dt, A, B, C, D, z, dt_bias, y,
             *state.stride(), *x.stride(), *dt.stride(), *A.stride(), *B.stride(), *C.stride(),
             *_skip_strides(D), *strides(z, 3), *strides(dt_bias, 1), h, h // g, p, n,
@@ -206,12 +219,49 @@ def step(
     return y
 
 
+class _Launcher:
+    """Launches kernels, each always with the same types, constants and sizes that Triton compiles for.
+
+    So what it compiled is looked up once. Every other launch skips the look at 50 and more arguments, which takes longer
+    than a short sequence takes the GPU.
+    """
+
+    def __init__(self) -> None:
+        self.compiled: dict[int, Any] = {}
+
+    def __call__(self, kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
+        compiled = self.compiled.get(id(kernel))
+        if compiled is None:
+            self.compiled[id(kernel)] = kernel[(programs,)](*args, **constants)
+        else:
+            # The constants come last in every kernel and are part of what is compiled: their values are not read.
+            compiled[(programs, 1, 1)](*args, *(None,) * (len(kernel.arg_names) - len(args)))
+
+
+_MOST_LAUNCHERS = 1024
+_launchers: dict[tuple, _Launcher] = {}
+
+
+def _launcher(*settings: Any, tensors: tuple[Tensor | None, ...]) -> _Launcher:
+    """The launcher for ``settings`` and for the dtypes, layouts and alignments of ``tensors``."""
+    key = settings + tuple(
+        None if v is None else (v.dtype, v.shape, v.stride(), v.data_ptr() % 16, v.device.index) for v in tensors
+    )
+    launcher = _launchers.get(key)
+    if launcher is None:
+        if len(_launchers) >= _MOST_LAUNCHERS:
+            _launchers.clear()
+        launcher = _launchers[key] = _Launcher()
+    return launcher
+
+
 class _Scan:
     """What all launches of one pass share; preparing it computes the step sizes and the decays."""
 
     def __init__(
         self,
         plan: _Plan,
+        launch: _Launcher,
         x: Tensor,
         dt: Tensor,
         A: Tensor,
@@ -221,7 +271,7 @@ class _Scan:
         seq_idx: Tensor | None,
         reverse: tuple[bool, ...],
     ) -> None:
-        self.plan = plan
+        self.plan, self.launch = plan, launch
         self.b, self.l, self.h, p = x.shape
         g, n = B.shape[2:]
         self.sizes = (self.h, self.h // g, p, n, reverse_mask(reverse))
@@ -238,7 +288,8 @@ class _Scan:
         logs = torch.empty_like(steps, dtype=torch.float64 if plan.exact else torch.float32)
         resets = None if seq_idx is None else torch.empty_like(steps, dtype=torch.int32)
         self.decays = (steps, logs, resets)
-        prepare_kernel[(self.b * plan.chunks * triton.cdiv(self.h, block_h),)](
+        self.launch(
+            prepare_kernel, self.b * plan.chunks * triton.cdiv(self.h, block_h),
             dt, A, dt_bias, seq_idx, *self.decays,
             *dt.stride(), *A.stride(), *strides(dt_bias, 1), *strides(seq_idx, 2),
             self.l, padded, self.h, self.h // g, self.sizes[-1],
@@ -257,7 +308,8 @@ class _Scan:
     ) -> None:
         """What the segments of ``carry`` (b, segments, h, n, p), of which ``first`` is the first, make from zero."""
         segments = carry.shape[1]
-        walk_kernel[(self.b * segments * self.h * self.plan.blocks,)](
+        self.launch(
+            walk_kernel, self.b * segments * self.h * self.plan.blocks,
             values, gate, keys, *self.decays, carry, totals,
             *values.stride(), *strides(gate, 4), *keys.stride(), carry.stride(0), totals.stride(0),
             self.l, self.plan.chunks, first, segments, self.plan.per_segment, *self.sizes,
@@ -265,13 +317,14 @@ class _Scan:
         )  # fmt: skip
 
 
-def _pass_states(carry: Tensor, totals: Tensor, entering: Tensor | None, backward: bool) -> None:
+def _pass_states(launch: _Launcher, carry: Tensor, totals: Tensor, entering: Tensor | None, backward: bool) -> None:
     b, segments, h, n, p = carry.shape
     block = 64
     at = (0, 0, 0, 0) if entering is None else (*entering.stride()[:2], entering.stride(3), entering.stride(2))
-    pass_kernel[(b * h * triton.cdiv(n * p, block),)](
-        carry, totals, entering, *at, segments, h, p, n * p, BACKWARD=backward, UNROLL=16, BLOCK=block, num_warps=1
-    )
+    launch(
+        pass_kernel, b * h * triton.cdiv(n * p, block),
+        carry, totals, entering, *at, segments, h, p, n * p, BACKWARD=backward, UNROLL=16, BLOCK=block, num_warps=1,
+    )  # fmt: skip
 
 
 def _carried(states: Tensor, single: Tensor | None) -> tuple[Tensor | None, int, int, int, int, int]:
@@ -291,8 +344,8 @@ def _plan(x: Tensor, B: Tensor, C: Tensor, chunk: int | None) -> _Plan:
     segment, segments = _segments(x)
     chunks = triton.cdiv(l, q)
     block_n = max(16, triton.next_power_of_2(B.shape[3]))
-    # TODO narrow
-    block_p = min(_BLOCK_P[exact], max(16, triton.next_power_of_2(p)))
+    narrowest = 16 if exact else _NARROWEST.get(block_n, 64)
+    block_p = min(_BLOCK_P[exact], max(narrowest, triton.next_power_of_2(p)))
     return _Plan(
         exact=exact,
         chunk=q,

@@ -107,6 +107,7 @@ def input_kernel(
     head = pid % heads
     c = pid // heads % kept_chunks
     batch = (pid // (heads * kept_chunks)).to(tl.int64)
+    rows = rows.to(tl.int64)
     if first + c < chunks:
         group = head // per_group
         direction = 1 - 2 * ((reverse_mask >> group) & 1)
@@ -117,7 +118,6 @@ def input_kernel(
         out_t = heads * p
         out_b = length.to(tl.int64) * out_t
         row = batch * chunks + first + c
-        rows = rows.to(tl.int64)
         dtype = tl.float32 if EXACT else x.dtype.element_ty
         step = tl.load(steps + at + i)
         from_start, to_end, through = chunk_decays(logs, resets, at, CHUNK)
@@ -135,21 +135,21 @@ def input_kernel(
         for block in range(BLOCKS):
             at_kept = chunk_state(0, batch, c, kept_chunks, head, heads, block, BLOCKS, BLOCK_N * BLOCK_P)
             columns, inside = offsets(head, x_h, block * BLOCK_P, BLOCK_P, p, x_p)
-            dy_columns, _ = offsets(head, dy_h, block * BLOCK_P, BLOCK_P, p, dy_p)
-            out_columns, _ = offsets(head, p, block * BLOCK_P, BLOCK_P, p, 1)
+            dy_columns, inside = offsets(head, dy_h, block * BLOCK_P, BLOCK_P, p, dy_p)
+            out_columns, inside = offsets(head, p, block * BLOCK_P, BLOCK_P, p, 1)
             S = tl.load(entering + at_kept + inner)
             R = tl.load(leaving + at_kept + inner)
             value = load_tokens(x, batch, t, length, direction, x_b, x_t, columns, inside, CHUNK)
             dout = load_tokens(dy, batch, t, length, direction, dy_b, dy_t, dy_columns, inside, CHUNK)
             if D is not None:
-                skip_columns, _ = offsets(head, D_h, block * BLOCK_P, BLOCK_P, p, D_p)
+                skip_columns, inside = offsets(head, D_h, block * BLOCK_P, BLOCK_P, p, D_p)
                 skip = tl.load(D + skip_columns, mask=inside, other=0.0).to(tl.float32)
 
             # The order keeps few matrices alive at a time. Through the state that enters:
             across += tl.sum(S.to(tl.float32) * R.to(tl.float32))
             carried = tl.dot(query, S.to(dtype), input_precision="ieee") * from_start[:, None]
             if z is not None:
-                z_columns, _ = offsets(head, z_h, block * BLOCK_P, BLOCK_P, p, z_p)
+                z_columns, inside = offsets(head, z_h, block * BLOCK_P, BLOCK_P, p, z_p)
                 gate = load_tokens(z, batch, t, length, direction, z_b, z_t, z_columns, inside, CHUNK).to(tl.float32)
                 read = tl.trans((matrix * step[:, None]).to(dtype))
                 out = tl.dot(read, value.to(dtype), acc=carried, input_precision="ieee")
