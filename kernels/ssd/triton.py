@@ -112,7 +112,7 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, dt, A, B, C, D, z, dt_bias and initial_state (None for what is absent), by slabs of segments."""
     b, l, h, p = x.shape
-    g, n = B.shape[2:]
+    g = B.shape[2]
     plan = _plan(x, B, C, chunk)
     dx, ddt, dA = (torch.empty(v.shape, dtype=v.dtype, device=x.device) for v in (x, dt, A))
     dz, dbias, dinitial = (
@@ -222,8 +222,8 @@ def step(
 class _Launcher:
     """Launches kernels, each always with the same types, constants and sizes that Triton compiles for.
 
-    So what it compiled is looked up once. Every other launch skips the look at 50 and more arguments, which takes longer
-    than a short sequence takes the GPU.
+    So what it compiled is looked up once: every other launch skips the look at 50 and more arguments, which would take
+    longer than the GPU takes for a short sequence.
     """
 
     def __init__(self) -> None:

@@ -83,7 +83,7 @@ def keep_kernel(
             length, chunks, heads, per_group, p, n, reverse_mask,
             True, True, EXACT, CHUNK, BLOCK_N, BLOCK_P, BLOCKS,
         )  # fmt: skip
-        if dinitial is not None:
+        if dinitial is not None:  # noqa: SIM102  # known when compiling
             if first + s == 0:
                 store_state(dinitial + (batch * heads + head) * (n * p), n, p, block, 1, n, R, BLOCK_N, BLOCK_P)
 
@@ -100,8 +100,8 @@ def input_kernel(
     """Gradients of one chunk and head but those of B and C, from S ``entering`` it and R ``leaving`` it.
 
     Writes dx, dz (b, l, h, p), ddt (b, l, h) and the chunk's share of dA, of ddt_bias and of dD in ``sums`` (3, h,
-    rows), rows = b * chunks; for a D with CHANNELS the last goes to ``dD`` (rows, h, blocks * BLOCK_P). ``first`` is the
-    number of the first kept chunk.
+    rows), rows = b * chunks; for a D with CHANNELS the last goes to ``dD`` (rows, h, blocks * BLOCK_P). ``first`` is
+    the number of the first kept chunk.
     """
     pid = tl.program_id(0)
     head = pid % heads
@@ -214,10 +214,10 @@ def reduce_kernel(sums, dA, dbias, dD, rows, heads, BLOCK: tl.constexpr):
     result = tl.sum(total, axis=0)
     if which == 0:
         tl.store(dA + pid, result.to(dA.dtype.element_ty))
-    if dbias is not None:
+    if dbias is not None:  # noqa: SIM102  # known when compiling
         if which == 1:
             tl.store(dbias + pid - heads, result.to(dbias.dtype.element_ty))
-    if dD is not None:
+    if dD is not None:  # noqa: SIM102  # known when compiling
         if which == 2:
             tl.store(dD + pid - 2 * heads, result.to(dD.dtype.element_ty))
 

@@ -227,7 +227,7 @@ def walk_kernel(
     CHUNK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """What one segment of ``per_segment`` chunks makes from zero: its end state (its first adjoint) in ``carry``
-    (b, segments, h, n, p) and its log2 decay in ``totals`` (b, segments, h); ``first`` is the number of segments before.
+    (b, segments, h, n, p) and its log2 decay in ``totals`` (b, segments, h); ``first`` segments come before.
     """
     batch, s, head, block = locate(tl.program_id(0), heads, segments, BLOCKS)
     begin = (first + s) * per_segment
