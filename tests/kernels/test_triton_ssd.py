@@ -70,25 +70,30 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @functools.cache
 def rounding_noise(case: SSDCase, dtype: torch.dtype) -> dict[str, tuple[float, float]]:
-    """How far results move when every x, B, C, D and initial state is rounded once more, at random."""
+    """How far results move when every x, B, C, D and initial state is rounded once more, at random: the most of eight
+    times. A gradient of a few numbers, as dA is, moves by ten times more in one draw than in another."""
     generator = torch.Generator().manual_seed(0)
     inputs = {k: v.double() for k, v in inputs_in(case, dtype).items()}
-    for name in inputs.keys() & {"x", "B", "C", "D", "initial_state"}:
-        noise = torch.rand(inputs[name].shape, generator=generator, dtype=torch.float64) - 0.5
-        inputs[name] = inputs[name] * (1 + torch.finfo(dtype).eps * noise)
-    moved, exact = run(case, inputs, backend="reference"), yardstick(case, dtype)[0]
-    return {name: distances(x, exact[name]) for name, x in moved.items()}
+    exact = yardstick(case, dtype)[0]
+    moves = []
+    for _ in range(8):
+        moved = dict(inputs)
+        for name in sorted(inputs.keys() & {"x", "B", "C", "D", "initial_state"}):
+            noise = torch.rand(inputs[name].shape, generator=generator, dtype=torch.float64) - 0.5
+            moved[name] = inputs[name] * (1 + torch.finfo(dtype).eps * noise)
+        moves.append({name: distances(x, exact[name]) for name, x in run(case, moved, backend="torch").items()})
+    return {name: tuple(max(m[name][i] for m in moves) for i in range(2)) for name in exact}
 
 
 def assert_accurate_in_16_bits(case: SSDCase, actual: Results, dtype: torch.dtype) -> None:
-    """Products of 16-bit inputs round their operands to 16 bits, also where the result is float32. So the limit is four
-    times what one such rounding of the inputs does, and twice the rounding of the result as everywhere."""
+    """Products of 16-bit inputs round their operands to 16 bits, also where the result is float32. So the limit is
+    twice what such roundings of the inputs do, and twice the rounding of the result as everywhere."""
     exact, plain = yardstick(case, dtype)
     for name, x in actual.items():
         assert x.dtype == plain[name].dtype, f"{name} has dtype {x.dtype}, expected {plain[name].dtype}"
         error, bound = distances(x, exact[name]), distances(plain[name], exact[name])
         for e, own, noise in zip(error, bound, rounding_noise(case, dtype)[name], strict=True):
-            assert e <= 2 * own + 4 * noise, f"{name}: error {e:.2e}, one rounding {noise:.2e}, reference {own:.2e}"
+            assert e <= 2 * own + 2 * noise, f"{name}: error {e:.2e}, one rounding {noise:.2e}, reference {own:.2e}"
 
 
 @interpreted
