@@ -35,9 +35,67 @@ def define_operator(
     return getattr(torch.ops.seqssm, name).default
 
 
-def refuse_second_derivative(*_: object) -> None:
-    """The gradient to register for a backward operator: there is none."""
+def differentiable(
+    name: str, kernel: Callable, fake: Callable, setup_context: Callable, backward: Callable
+) -> Callable:
+    """``define_operator`` with a gradient, and a short way past the dispatcher where nothing needs it.
+
+    The operator is what ``torch.compile``, fake tensors, transforms and tensor subclasses see. Plain tensors are
+    computed with right away, under a ``torch.autograd.Function``: the operator's registered gradient costs a third of a
+    millisecond of CPU a call, more than a small kernel takes on a GPU.
+
+    Args:
+        kernel: the function, as :func:`define_operator` takes it.
+        fake: shapes of its results.
+        setup_context, backward: as ``torch.library.register_autograd`` takes them.
+    """
+    operator = define_operator(name, kernel, fake)
+    torch.library.register_autograd(f"seqssm::{name}", backward, setup_context=setup_context)
+
+    def forward_eagerly(ctx, *inputs):  # type: ignore[no-untyped-def]
+        outputs = kernel(*inputs)
+        setup_context(ctx, inputs, outputs)
+        return outputs
+
+    members = {"forward": staticmethod(forward_eagerly), "backward": staticmethod(backward)}
+    eager_function = type(name, (torch.autograd.Function,), members)
+
+    def call(*inputs):  # type: ignore[no-untyped-def]
+        if not _eager(inputs):
+            return operator(*inputs)
+        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
+            return eager_function.apply(*inputs)
+        return kernel(*inputs)
+
+    return call
+
+
+def once_differentiable(name: str, kernel: Callable, fake: Callable) -> Callable:
+    """``define_operator`` for a backward pass, called as :func:`differentiable`; a gradient of it is refused."""
+    operator = define_operator(name, kernel, fake)
+    torch.library.register_autograd(f"seqssm::{name}", _refuse_second_derivative)
+
+    def call(*inputs):  # type: ignore[no-untyped-def]
+        # Gradients are enabled in a backward pass only where a second one is to come: the operator refuses it.
+        return operator(*inputs) if torch.is_grad_enabled() or not _eager(inputs) else kernel(*inputs)
+
+    return call
+
+
+def _refuse_second_derivative(*_: object) -> None:
     raise NotImplementedError("the kernels have no second derivative: use backend='reference' for one")
+
+
+def _eager(inputs: Sequence[object]) -> bool:
+    """Whether the inputs are plain tensors, and nothing traces or transforms what is done with them."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return False
+    if torch._C._are_functorch_transforms_active():
+        return False
+    return all(type(x) in _PLAIN for x in inputs if isinstance(x, Tensor))
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def check(condition: bool, message: str) -> None:

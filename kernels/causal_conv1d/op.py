@@ -203,10 +203,8 @@ def _autograd(ctx, dy, dfinal_state):  # type: ignore[no-untyped-def]
     return dx, dweight, dbias, None, dinitial_state, None, None, None
 
 
-_forward = dispatch.define_operator("causal_conv1d", _forward_kernel, _forward_fake)
-_backward = dispatch.define_operator("causal_conv1d_backward", _backward_kernel, _backward_fake)
-torch.library.register_autograd("seqssm::causal_conv1d", _autograd, setup_context=_setup_context)
-torch.library.register_autograd("seqssm::causal_conv1d_backward", dispatch.refuse_second_derivative)
+_forward = dispatch.differentiable("causal_conv1d", _forward_kernel, _forward_fake, _setup_context, _autograd)
+_backward = dispatch.once_differentiable("causal_conv1d_backward", _backward_kernel, _backward_fake)
 
 
 def _step_kernel(

@@ -292,10 +292,8 @@ def _autograd(ctx, dy, dfinal_state, _):  # type: ignore[no-untyped-def]
     return du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, None, dinitial_state, None, None, None, None
 
 
-_forward = dispatch.define_operator("selective_scan", _forward_kernel, _forward_fake)
-_backward = dispatch.define_operator("selective_scan_backward", _backward_kernel, _backward_fake)
-torch.library.register_autograd("seqssm::selective_scan", _autograd, setup_context=_setup_context)
-torch.library.register_autograd("seqssm::selective_scan_backward", dispatch.refuse_second_derivative)
+_forward = dispatch.differentiable("selective_scan", _forward_kernel, _forward_fake, _setup_context, _autograd)
+_backward = dispatch.once_differentiable("selective_scan_backward", _backward_kernel, _backward_fake)
 
 
 def _torch_step(

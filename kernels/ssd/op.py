@@ -268,10 +268,8 @@ def _autograd(ctx, dy, dfinal_state, _):  # type: ignore[no-untyped-def]
     return dx, ddt, dA, dB, dC, dD, dz, ddt_bias, None, dinitial_state, None, None, None, None, None
 
 
-_forward = dispatch.define_operator("ssd", _forward_kernel, _forward_fake)
-_backward = dispatch.define_operator("ssd_backward", _backward_kernel, _backward_fake)
-torch.library.register_autograd("seqssm::ssd", _autograd, setup_context=_setup_context)
-torch.library.register_autograd("seqssm::ssd_backward", dispatch.refuse_second_derivative)
+_forward = dispatch.differentiable("ssd", _forward_kernel, _forward_fake, _setup_context, _autograd)
+_backward = dispatch.once_differentiable("ssd_backward", _backward_kernel, _backward_fake)
 
 
 def _torch_step(
