@@ -36,6 +36,8 @@ class TextFile:
 
     def rewind(self, mark: int) -> None:
         self._file.flush()
+        if self.path.stat().st_size < mark:
+            raise UserError(f"{self.path} has lost what was written to it; delete {self.path.parent} to start again")
         os.truncate(self.path, mark)
         self._file.seek(mark)
 

@@ -331,7 +331,11 @@ def pool_within_bins(y: Tensor, positions: int, parts: list[str], against: list[
         strands = group.chunk(len(against), dim=-1)
         return torch.cat([s[:, 0 if left else -1] for s, left in zip(strands, against, strict=True)], dim=-1)
 
-    pool: dict[str, Callable[[Tensor], Tensor]] = {"mean": lambda g: g.mean(1), "max": lambda g: g.amax(1), "last": last}
+    pool: dict[str, Callable[[Tensor], Tensor]] = {
+        "mean": lambda g: g.mean(1),
+        "max": lambda g: g.amax(1),
+        "last": last,
+    }
     return torch.cat([torch.stack([pool[part](group) for part in parts], dim=1) for group in groups])
 
 

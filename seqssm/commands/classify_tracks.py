@@ -17,7 +17,7 @@ from seqssm.tasks.base import Loaded, Task, build_task
 from seqssm.tasks.dna import DNAClassification
 from seqssm.tasks.pretraining import DNAPretraining
 from seqssm.tasks.track_files import BedGraphs, EmbeddingFile, ProbabilityTable, Stretches
-from seqssm.tasks.tracks import TrackPlan, Tracks
+from seqssm.tasks.tracks import STATE, TrackPlan, Tracks
 
 DEFAULT_BIN_BP = 128
 
@@ -72,8 +72,10 @@ def run(args: argparse.Namespace, loaded: Loaded) -> None:
         "outputs": [str(path) for path in (args.tracks, args.embeddings) if path is not None],
         "embeddings_dtype": args.embeddings_dtype,
     }
-    made = not folder.exists()
+    made = not (folder / STATE).exists()
     try:
+        if made and folder.exists():
+            shutil.rmtree(folder)  # nothing in it could be gone on with
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror}; choose another place") from error
@@ -89,10 +91,10 @@ def run(args: argparse.Namespace, loaded: Loaded) -> None:
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         bar = progress.add_task(args.fasta.name, total=tracks.work_bp())
-        if (folder / "state.json").exists():
+        if not made:
             print(f"going on with the run in {folder}", file=sys.stderr)
         tracks.run(files, lambda bases: progress.advance(bar, bases))
-    _finish(args, files)
+    _finish(args, files, folder)
     shutil.rmtree(folder)
 
 
@@ -131,14 +133,13 @@ def _files(args: argparse.Namespace, task: Any, tracks: Tracks, folder: Path) ->
     if args.embeddings is not None:
         d = task.backbone.config.d_model
         sequences, bin_bp = tracks.sequences, tracks.plan.bin_bp
-        files.append(
-            EmbeddingFile(args.embeddings, folder, sequences, tracks.bins, bin_bp, d, args.embeddings_dtype)
-        )
+        files.append(EmbeddingFile(args.embeddings, folder, sequences, tracks.bins, bin_bp, d, args.embeddings_dtype))
     return files
 
 
-def _finish(args: argparse.Namespace, files: list[Any]) -> None:
+def _finish(args: argparse.Namespace, files: list[Any], folder: Path) -> None:
     written = []
+    (folder / STATE).unlink()  # from here on a killed run has to start again
     for file in files:
         if hasattr(file, "finish"):
             file.finish()

@@ -64,6 +64,7 @@ def build_datamodule(loaded: Loaded, config: str | None, batch_size: int | None)
     from jsonargparse import ArgumentError, ArgumentParser
 
     import seqssm.data.audio.datamodule  # makes the short class names known to the parser
+    import seqssm.data.dna.unlabelled
     import seqssm.data.synthetic
     import seqssm.data.synthetic_tasks  # noqa: F401
     from seqssm.cli import find_config
