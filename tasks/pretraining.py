@@ -89,7 +89,7 @@ class DNAPretraining(Task):
         )
         if objective not in ("next_token", "masked"):
             raise UserError(f"model.objective is {objective!r}: it must be next_token or masked")
-        if not 0 <= lower_weight:
+        if lower_weight < 0:
             raise UserError(f"model.lower_weight is {lower_weight}: it must not be negative")
         config = self.backbone_config
         self.objective, self.lower_weight = objective, lower_weight

@@ -27,7 +27,7 @@ class DNABatch(NamedTuple):
 
 
 class UnlabelledBatch(NamedTuple):
-    """tokens (b,l) uint8, padded on the right with PAD; lengths (b,) int64; lower (b,l) bool: lower case in the file."""
+    """tokens (b,l) uint8, padded on the right with PAD; lengths (b,) int64; lower (b,l) bool: in lower case."""
 
     tokens: Tensor
     lengths: Tensor
