@@ -25,11 +25,15 @@ Objective = Literal["next_token", "masked"]
 
 
 class Prediction(NamedTuple):
-    """What was predicted, a position each: logits (n, 4), the true base (n,) and whether it is lower case (n,)."""
+    """What was predicted, a base each: logits (n, 4), the true one (n,), and whether it is in lower case (n,).
+
+    ``where`` (b, l) bool says which bases of the batch these are, row by row.
+    """
 
     logits: Tensor
     target: Tensor
     lower: Tensor
+    where: Tensor
 
 
 class Perplexity(Metric):
@@ -137,13 +141,14 @@ class DNAPretraining(Task):
     def predict(self, batch: UnlabelledBatch, generator: torch.Generator | None = None) -> Prediction:
         """Predict the targets of a batch; ``generator`` draws which (``masked``), torch's own if None."""
         tokens, lengths, lower = batch
-        is_base = tokens < N  # padding is none either
         if self.objective == "next_token":
-            logits = self(tokens, lengths)[:, :-1]
-            chosen = is_base[:, 1:]
-            return Prediction(logits[chosen], tokens[:, 1:][chosen].long(), lower[:, 1:][chosen])
-        visible, chosen = hide(tokens, generator)
-        return Prediction(self(visible, lengths)[chosen], tokens[chosen].long(), lower[chosen])
+            where = tokens < N  # padding is no base either
+            where[:, 0] = False  # nothing comes before the first
+            logits = self(tokens, lengths)[:, :-1][where[:, 1:]]
+        else:
+            visible, where = hide(tokens, generator)
+            logits = self(visible, lengths)[where]
+        return Prediction(logits, tokens[where].long(), lower[where], where)
 
     def training_step(self, batch: UnlabelledBatch, batch_idx: int) -> Tensor:
         loss = self._loss(self.predict(batch))

@@ -1,16 +1,15 @@
 """Rows along a record: what one pass over the whole record says, from any chunks and after a real SIGKILL."""
 
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from seqssm import hub
 from seqssm.backbone import BackboneConfig, MixerSpec
 from seqssm.data.dna.alphabet import reverse_complement
 from seqssm.data.dna.indexing import Sequences
@@ -222,50 +221,59 @@ def test_refusals(tmp_path: Path) -> None:
         Tracks(make_task(), records(), TrackPlan(16, 0, True), tmp_path / "run", {}).run([Kept()])
 
 
-RUN = """
-import sys
+# One process that imports everything and computes nothing; each run is a fork of it.
+RUNS = """
+import os, signal, sys, time
+from pathlib import Path
 import seqssm.tasks.tracks as tracks
 from seqssm.cli import main
-tracks.BLOCK_BINS = 64  # several blocks of text a record
+import seqssm.commands.classify
+
+tracks.BLOCK_BINS = 64  # several blocks of rows a record
 run = tracks.Tracks.run
-tracks.Tracks.run = lambda self, files, advance=print, snapshot_s=10.0: run(self, files, advance, 0.0)
-sys.exit(main(sys.argv[1:]))
+tracks.Tracks.run = lambda self, files, advance=None, snapshot_s=None: run(self, files, advance, 0.0)
+folder, arguments = Path(sys.argv[1]), sys.argv[2:]
+
+def start(name):
+    sys.stdout.flush()
+    process = os.fork()
+    if process == 0:
+        code = main([*arguments, "--tracks", str(folder / name), "--embeddings", str(folder / f"{name}.npy")])
+        sys.stdout.flush()
+        os._exit(code)
+    return process
+
+assert os.waitpid(start("whole"), 0)[1] == 0
+# In the second view, between sweeps; while rows are written; in the second record.
+for wait_for in ("record0-1/x1-12.safetensors", "tracks.tsv", "record1-0/x1-12.safetensors"):
+    process, path = start("killed"), folder / "killed.partial" / wait_for
+    while os.waitpid(process, os.WNOHANG)[0] == 0:
+        if path.exists() and path.stat().st_size > 0:
+            os.kill(process, signal.SIGKILL)
+            print("killed", os.waitpid(process, 0)[1] == signal.SIGKILL, flush=True)
+            break
+        time.sleep(0.001)
+sys.exit(os.waitpid(start("killed"), 0)[1] != 0)
 """
 
 
-@pytest.mark.slow
 def test_killed_and_run_again_gives_the_same_bytes(tmp_path: Path) -> None:
-    from seqssm import hub
-
     task = make_task(**MODELS["two-way"])
     checkpoint = hub.save(tmp_path / "model", task.describe() | {"data": {}}, task.state_dict())
     rng = np.random.default_rng(0)
     fasta = tmp_path / "genome.fa"
     fasta.write_text("".join(f">chr{i}\n{''.join(rng.choice(list('ACGTN'), 6000))}\n" for i in range(2)))
-
-    def command(name: str) -> list[str]:
-        arguments = ["classify", str(fasta), "--checkpoint", str(checkpoint), "--device", "cpu", "--bin-bp", "8"]
-        arguments += ["--chunk", "256", "--window-bp", "64", "--tracks", str(tmp_path / name)]
-        return [sys.executable, "-c", RUN, *arguments, "--embeddings", str(tmp_path / f"{name}.npy")]
-
-    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
-    subprocess.run(command("whole"), check=True, env=environment)
-    kills = 0
-    for wait_for in ("record0-1/x1-12.safetensors", "tracks.tsv"):  # between sweeps, and while rows are written
-        process = subprocess.Popen(command("killed"), env=environment, stderr=subprocess.PIPE, text=True)
-        seen, folder = 0.0, tmp_path / "killed.partial"
-        while process.poll() is None and not seen:
-            path = folder / wait_for
-            seen = path.exists() and path.stat().st_size > 0
-            time.sleep(0.002)
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-            kills += 1
-        process.wait()
-    assert kills
-    assert (tmp_path / "killed.partial").is_dir()
-    last = subprocess.run(command("killed"), check=True, env=environment, stderr=subprocess.PIPE, text=True)
-    assert "going on with the run in" in last.stderr
+    arguments = ["classify", str(fasta), "--checkpoint", str(checkpoint), "--device", "cpu", "--bin-bp", "8"]
+    arguments += ["--chunk", "256", "--window-bp", "64"]
+    runs = subprocess.run(
+        [sys.executable, "-c", RUNS, str(tmp_path), *arguments],
+        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+    )
+    assert runs.returncode == 0, runs.stderr
+    assert runs.stdout.count("killed True") == 3, runs.stdout
+    assert runs.stderr.count("going on with the run in") == 3
     for suffix in (".tsv", ".bed", ".a.bedgraph", ".b.bedgraph", ".c.bedgraph", ".npy", ".npy.tsv"):
         whole, killed = (tmp_path / f"{name}{suffix}" for name in ("whole", "killed"))
         assert whole.stat().st_size > 0
