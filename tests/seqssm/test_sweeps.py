@@ -29,7 +29,11 @@ BACKBONES = {
 
 def make(n_layers: int = 3, **settings) -> Backbone:
     torch.manual_seed(0)
-    backbone = Backbone(BackboneConfig(d_model=8, n_layers=n_layers, mixers=MIXERS, **settings)).double().eval()
+    backbone = (
+        Backbone(BackboneConfig(d_model=8, n_layers=n_layers, mixers=MIXERS, backend="torch", **settings))
+        .double()
+        .eval()
+    )
     with torch.no_grad():
         for name, parameter in backbone.named_parameters():
             if name.endswith("out_proj.weight"):

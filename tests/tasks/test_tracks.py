@@ -32,7 +32,12 @@ MODELS = {
 def make_task(bidirectional: str = "none", reverse_complement: bool = False, **changes) -> DNAClassification:
     torch.manual_seed(0)
     config = BackboneConfig(
-        d_model=8, n_layers=2, mixers=MAMBA, bidirectional=bidirectional, reverse_complement=reverse_complement
+        d_model=8,
+        n_layers=2,
+        mixers=MAMBA,
+        bidirectional=bidirectional,
+        reverse_complement=reverse_complement,
+        backend="torch",
     )
     task = DNAClassification(labels=["a", "b", "c"], backbone=config, **changes)
     with torch.no_grad():

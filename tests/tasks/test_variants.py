@@ -26,7 +26,7 @@ WINDOW = 60
 def make_task(bidirectional: str = "none", **changes) -> DNAClassification:
     torch.manual_seed(0)
     mixers = {"m": MixerSpec(class_path="Mamba", init_args={"d_state": 4})}
-    config = BackboneConfig(d_model=8, n_layers=2, mixers=mixers, bidirectional=bidirectional)
+    config = BackboneConfig(d_model=8, n_layers=2, mixers=mixers, bidirectional=bidirectional, backend="torch")
     task = DNAClassification(labels=["a", "b", "c"], backbone=config, **changes)
     with torch.no_grad():
         for name, parameter in task.named_parameters():
