@@ -81,7 +81,8 @@ def run(args: argparse.Namespace, loaded: Loaded) -> None:
         raise UserError(f"cannot write {folder}: {error.strerror}; choose another place") from error
     try:
         tracks = Tracks(task, sequences, _plan(args, loaded, task), folder, settings, args.device.startswith("cuda"))
-        _check_space(tracks, folder)
+        if made:
+            _check_space(tracks, folder)
         files = _files(args, task, tracks, folder)
     except UserError:
         if made:
@@ -93,7 +94,11 @@ def run(args: argparse.Namespace, loaded: Loaded) -> None:
         bar = progress.add_task(args.fasta.name, total=tracks.work_bp())
         if not made:
             print(f"going on with the run in {folder}", file=sys.stderr)
-        tracks.run(files, lambda bases: progress.advance(bar, bases))
+        try:
+            tracks.run(files, lambda bases: progress.advance(bar, bases))
+        except KeyboardInterrupt:
+            print(f"stopped: the same command goes on from {folder}", file=sys.stderr)
+            raise
     _finish(args, files, folder)
     shutil.rmtree(folder)
 
