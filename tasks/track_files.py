@@ -186,7 +186,9 @@ class EmbeddingFile:
         try:
             import zarr
         except ImportError as error:
-            raise UserError("--embeddings NAME.zarr needs the zarr package: pip install 'zarr>=3', or .npy") from error
+            raise UserError(
+                "--embeddings NAME.zarr needs the zarr package: pip install 'seqssm[zarr]', or name it .npy"
+            ) from error
         if self.path.exists():
             raise UserError(f"{self.path} is there already: delete it, or choose another name")
         if self.growing.exists():

@@ -280,7 +280,7 @@ class Tracks:
                 if self.task.pooling.mode in ("max", "last"):
                     pooled = pooled[:, 1:]
                 pooled = pooled.unflatten(-1, (self.strands, -1)).mean(-2).flatten(1)
-                probabilities.append(self.task.score(pooled.to(self.task.head[1].weight.dtype)).softmax(-1))
+                probabilities.append(self.task.score(pooled.to(next(self.task.head.parameters()).dtype)).softmax(-1))
         records = np.full(last - first, record)
         n_count = self.sequences.n_count(records, start_bp[own], start_bp[own] + bases[own])
         return Rows(

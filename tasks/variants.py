@@ -117,7 +117,7 @@ class VariantScorer:
         self, strand: Strand, sites: list[Site], advance: Callable[[int], None]
     ) -> dict[tuple[int, int], Tensor]:
         rows = [((i, j), site, allele) for i, site in enumerate(sites) for j, allele in enumerate(site.alleles)]
-        results = {}
+        results: dict[tuple[int, int], Tensor] = {}
         for at in range(0, len(rows), self.batch_size):
             group = rows[at : at + self.batch_size]
             samples = []
@@ -152,7 +152,8 @@ class VariantScorer:
                 while sum(map(len, recent)) - len(recent[0]) >= half:
                     recent.popleft()
                 position = end
-            left = torch.cat(list(recent))[-half:] if recent else task.head[1].weight.new_zeros(0, task.backbone.d_out)
+            nothing = torch.zeros(0, task.backbone.d_out, device=task.device)
+            left = torch.cat(list(recent))[-half:] if recent else nothing
             waiting += self._rows(strand, site, number, first, state, left)
             while len(waiting) >= self.batch_size:
                 results |= self._read_on(waiting[: self.batch_size])
