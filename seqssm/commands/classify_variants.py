@@ -61,7 +61,7 @@ def run(args: argparse.Namespace, loaded: Loaded) -> None:
             scores |= {v.line: s for v, s in zip(own, scorer.score(record, own, advance), strict=True)}
     _write_table(args.output, variants, scores, sequences.names, task.labels)
     if args.vcf_out is not None:
-        _write_vcf(args.vcf, args.vcf_out, variants, scores, task.labels, args.checkpoint)
+        _write_vcf(args.vcf, args.vcf_out, variants, scores, task.labels, Path(args.checkpoint).name)
     for reason, count in sorted(left_out.items()):
         print(f"left out: {count:,} alleles {reason}", file=sys.stderr)
 
