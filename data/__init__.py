@@ -8,9 +8,10 @@ from seqssm.data.dna.sampling import DNABatch
 if TYPE_CHECKING:
     from seqssm.data.audio.datamodule import AudioTaggingDataModule
     from seqssm.data.dna.datamodule import DNADataModule
+    from seqssm.data.dna.unlabelled import UnlabelledDNA
     from seqssm.data.synthetic import SimulatedGenomes
 
-__all__ = ["AudioTaggingDataModule", "DNABatch", "DNADataModule", "SimulatedGenomes", "alphabet"]
+__all__ = ["AudioTaggingDataModule", "DNABatch", "DNADataModule", "SimulatedGenomes", "UnlabelledDNA", "alphabet"]
 
 
 def __getattr__(name: str) -> object:
@@ -23,6 +24,10 @@ def __getattr__(name: str) -> object:
         from seqssm.data.dna.datamodule import DNADataModule
 
         return DNADataModule
+    if name == "UnlabelledDNA":
+        from seqssm.data.dna.unlabelled import UnlabelledDNA
+
+        return UnlabelledDNA
     if name == "SimulatedGenomes":
         from seqssm.data.synthetic import SimulatedGenomes
 

@@ -143,12 +143,13 @@ class Block(nn.Module):
     def forward(self, x: Tensor, state: State | None, seq_idx: Tensor | None) -> tuple[Tensor, State]:
         y, state = self.mixer(per_strand(self.norm, x, self.strands), state, seq_idx=seq_idx)
         x = x + self.dropout(y)
-        return self._feed_forward(x), state
+        return self.feed_forward(x), state
 
     def step(self, x: Tensor, state: State) -> Tensor:
-        return self._feed_forward(x + self.mixer.step(self.norm(x), state))
+        return self.feed_forward(x + self.mixer.step(self.norm(x), state))
 
-    def _feed_forward(self, x: Tensor) -> Tensor:
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """What follows the mixer: x + mlp(norm(x)), or x where there is no MLP."""
         if self.mlp is None:
             return x
         y = per_strand(self.mlp, per_strand(self.mlp_norm, x, self.strands), self.strands)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from seqssm.errors import UserError
-from seqssm.mixers.base import Mixer, State
+from seqssm.mixers.base import Mixer, Reading, State
 
 
 class _TwoWay(Mixer):
@@ -58,6 +58,9 @@ class Bidirectional(_TwoWay):
     ) -> tuple[Tensor, State]:
         return self.run_streams(None, x, seq_idx=seq_idx, reverse=reverse), _no_state(state)
 
+    def readings(self, reverse: bool = False) -> list[Reading]:
+        return [*self.forward_mixer.readings(reverse), *self.backward_mixer.readings(not reverse)]
+
     def run_streams(
         self,
         backward: Mixer | None,
@@ -89,6 +92,10 @@ class ReverseComplement(_TwoWay):
         self, x: Tensor, state: State | None = None, *, seq_idx: Tensor | None = None, reverse: bool = False
     ) -> tuple[Tensor, State]:
         return self.mixer.run_streams(None, x, strands=2, seq_idx=seq_idx, reverse=reverse), _no_state(state)
+
+    def readings(self, reverse: bool = False) -> list[Reading]:
+        other = [reading._replace(strand=1) for reading in self.mixer.readings(not reverse)]
+        return [*self.mixer.readings(reverse), *other]
 
 
 def _no_state(state: State | None) -> State:

@@ -78,7 +78,11 @@ class Task(pl.LightningModule):
         return cls(backbone=backbone, optimizer=optimizer, **args)
 
     def load_initial_weights(self) -> None:
-        """Copy the backbone and embedding of the checkpoint ``init_from``; a subclass calls it last in ``__init__``."""
+        """Copy the backbone and embedding of the checkpoint ``init_from``; a subclass calls it last in ``__init__``.
+
+        Every backbone weight must be there, and no weight of the backbone or the embedding may differ in shape; what
+        is new here, and what the checkpoint has beyond it, is printed.
+        """
         if self.init_from is None:
             return
         source = read_checkpoint(self.init_from).weights
@@ -90,9 +94,18 @@ class Task(pl.LightningModule):
                 f"init_from {self.init_from}: {len(missing)} backbone weights do not fit this model "
                 f"(first: {missing[0]}); use the backbone settings that the checkpoint was trained with"
             )
+        other = [k for k in source if k.startswith("embedding.") and k in own and k not in matching]
+        if other:
+            raise UserError(
+                f"init_from {self.init_from}: {other[0]} is {tuple(source[other[0]].shape)} there and "
+                f"{tuple(own[other[0]].shape)} here; use the embedding settings that the checkpoint was trained with"
+            )
         self.load_state_dict(matching, strict=False)
-        fresh = sorted(set(own) - set(matching))
-        rank_zero_info(f"init_from {self.init_from}: {len(matching)} tensors loaded, new: {', '.join(fresh) or 'none'}")
+        fresh, unused = sorted(set(own) - set(matching)), sorted(set(source) - set(matching))
+        rank_zero_info(
+            f"init_from {self.init_from}: {len(matching)} tensors loaded; new: {', '.join(fresh) or 'none'}; "
+            f"not used: {', '.join(unused) or 'none'}"
+        )
 
     # ---- training ----------------------------------------------------------------------------------------------
 

@@ -156,8 +156,7 @@ class DNAClassification(Task):
             pooled = self._pool_chunks(tokens, lengths)
         else:
             pooled = self._pool(tokens, lengths)
-        with torch.autocast(device_type=pooled.device.type, enabled=False):
-            return self.head(self.standardize(pooled))
+        return self.score(pooled)
 
     def _pool(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         x = self.embedding(tokens, lengths)  # (b, l, d), l counting patches from here on
@@ -201,6 +200,19 @@ class DNAClassification(Task):
                 "model.standardize, which needs statistics of the whole window before its first chunk: leave one out"
             )
         check_chunkable(self.backbone, self.chunk_length // self.patch, "model.chunk_length")
+
+    def score(self, pooled: Tensor) -> Tensor:
+        """(b, width · d) pooled vectors to (b, c) logits, never in 16 bit."""
+        with torch.autocast(device_type=pooled.device.type, enabled=False):
+            return self.head(self.standardize(pooled))
+
+    def check_unaligned(self) -> None:
+        """Raise UserError where the model can only say something of whole, aligned windows."""
+        if self.pooling.bins > 1 or self.embedding.places is not None:
+            raise UserError(
+                "this model was made for aligned windows (model.pool_bins or model.positions) and says nothing of a "
+                "place in a long sequence; train one with model.pool_bins: 1 and model.positions: 0"
+            )
 
     def predict_proba(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         """(b, c) float32 probabilities, averaged over both strands if the task says so."""

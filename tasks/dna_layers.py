@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -89,10 +90,46 @@ class SequenceEmbedding(nn.Module):
         Returns:
             (b, ceil((stop - start) / patch), d). For causal embeddings without ``positions`` and ``standardize``.
         """
-        before = min(start, -(-max(self.kmer - 1, self.before) // self.patch) * self.patch)
+        before = min(start, -(-self.reach[0] // self.patch) * self.patch)
         part = tokens[:, start - before : stop].to(self.bases.weight.device)
         x = self(part, (lengths - (start - before)).clamp(0, part.shape[1]))
         return x[:, before // self.patch :]
+
+    def span(
+        self, read: Callable[[int, int], Tensor], length: int, start: int, end: int, other_strand: bool = False
+    ) -> Tensor:
+        """Embed a stretch of a long sequence as :meth:`forward` would within the whole of it.
+
+        Args:
+            read: gives the tokens (l,) uint8 of bases start to end.
+            length: bases of the sequence.
+            start, end: of the stretch, in positions (patches).
+            other_strand: as in :meth:`forward`.
+
+        Returns:
+            (1, end - start, d)
+
+        Raises:
+            UserError: the model was made for aligned windows.
+        """
+        if self.places is not None:
+            raise UserError(
+                f"this model was made for windows of up to {len(self.places)} bp that are aligned (model.positions), "
+                "not for long sequences; train one with model.positions: 0"
+            )
+        before, after = self.reach[::-1] if other_strand else self.reach
+        first = max(0, start - -(-before // self.patch))
+        last_base = min(length, end * self.patch + after)
+        device = self.bases.weight.device
+        tokens = read(first * self.patch, last_base).to(device)[None]
+        x = self(tokens, torch.tensor([tokens.shape[1]], device=device), other_strand)
+        return x[:, start - first : end - first]
+
+    @property
+    def reach(self) -> tuple[int, int]:
+        """Bases before and behind its own, along the strand, that a position's vector depends on."""
+        behind = 0 if self.motifs is None else self.motifs.kernel_size[0] - 1 - self.before
+        return max(self.kmer - 1, self.before), behind
 
     def _places(self, length: int, lengths: Tensor, reverse: bool) -> Tensor:
         """(1 or b, l, d)"""

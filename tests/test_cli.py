@@ -116,6 +116,11 @@ BAD = {
     "unknown option": (["classify", "x.fa", "--checkpoint", "{ckpt}", "--windows", "3"], "arguments: --windows"),
     "no data": (["fit", "--config", "{config}", "--data.labels_table", "missing.tsv"], "missing.tsv"),
     "no fasta": (["classify", "missing.fa", "--checkpoint", "{ckpt}"], "missing.fa does not exist"),
+    "tracks and variants": (
+        ["classify", "x.fa", "--checkpoint", "{ckpt}", "--tracks", "x", "--vcf", "x.vcf"],
+        "run them one by one",
+    ),
+    "tracks of nothing": (["classify", "missing.fa", "--checkpoint", "{ckpt}", "--tracks", "x"], "missing.fa does not"),
     "no checkpoint": (["classify", "missing.fa", "--checkpoint", "nowhere"], "nowhere: no such checkpoint"),
     "not a checkpoint": (["evaluate", "--checkpoint", "{config}"], "not a readable checkpoint"),
 }

@@ -1,5 +1,6 @@
 """The LightningDataModule for labelled DNA."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from seqssm.data.dna.sampling import (
     TrainingDataset,
     WindowDataset,
     collate,
+    collate_unlabelled,
 )
 from seqssm.data.dna.sources import Layout, Listing, list_sources
 from seqssm.data.dna.splits import SplitPlan
@@ -69,6 +71,8 @@ class DNADataModule(LightningDataModule):
 
     Raises UserError for bad input, from `labels`, `prepare_data` and `setup`.
     """
+
+    case = False  # whether samples say which letters are in lower case
 
     def __init__(
         self,
@@ -223,7 +227,7 @@ class DNADataModule(LightningDataModule):
         default = self.settings["split_group"] or ("file" if by_file else "record")
         division = Division(library, self.layout, self.labels, self.window_plan)
         division.divide(regions, self.split_plan, self.settings["group_column"] or default)
-        self._grids = {split: WindowDataset(library, grid) for split, grid in division.grids.items()}
+        self._grids = {split: WindowDataset(library, grid, self.case) for split, grid in division.grids.items()}
         if "train" in division.grids:
             self.train = self._training(division)
             self.warmup = self._warmup(division, self.train)
@@ -263,6 +267,7 @@ class DNADataModule(LightningDataModule):
             balance=self.settings["balance"],
             rc_probability=self.settings["rc_probability"],
             max_n_fraction=self.settings["max_n_fraction"],
+            case=self.case,
         )
 
     def grid(self, split: str) -> WindowDataset:
@@ -283,7 +288,7 @@ class DNADataModule(LightningDataModule):
             sampler.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
         arguments = self._loader_arguments()
         if self.warmup is not None:
-            arguments["collate_fn"] = collate_items
+            arguments["collate_fn"] = partial(collate_items, collate=arguments["collate_fn"])
         return ResumableLoader(dataset, batch_size=self.settings["batch_size"], sampler=sampler, **arguments)
 
     def val_dataloader(self) -> DataLoader | list:
@@ -312,7 +317,7 @@ class DNADataModule(LightningDataModule):
     def _loader_arguments(self) -> dict[str, Any]:
         workers = self.settings["num_workers"]
         return {
-            "collate_fn": collate,
+            "collate_fn": collate_unlabelled if self.case else collate,
             "num_workers": workers,
             "persistent_workers": workers > 0,
             "pin_memory": torch.cuda.is_available(),

@@ -50,6 +50,11 @@ class Library:
         store, local = self._locate(record)
         return store.tokens(local, start_bp, end_bp)
 
+    def letters(self, record: int, start_bp: int, end_bp: int) -> np.ndarray:
+        """Letters (end_bp - start_bp,) uint8 of a stretch as in the file, case preserved; a view."""
+        store, local = self._locate(record)
+        return store.letters(local, start_bp, end_bp)
+
     def token_rows(self, record: np.ndarray, start_bp: np.ndarray, length: int) -> np.ndarray:
         """Tokens (w,length) uint8 of stretches of equal length."""
         rows = np.empty((len(record), length), np.uint8)

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from seqssm.data.dna.alphabet import PAD, reverse_complement
+from seqssm.data.dna.alphabet import ENCODE, PAD, reverse_complement
 from seqssm.data.dna.library import Library
 from seqssm.data.loading import shuffled_rounds
 from seqssm.errors import UserError
 
 MAX_DRAWS = 200
+LOWER_CASE_BIT = 0x20  # of ASCII letters
 
 
 class DNABatch(NamedTuple):
@@ -23,6 +24,14 @@ class DNABatch(NamedTuple):
     tokens: Tensor
     lengths: Tensor
     labels: Tensor
+
+
+class UnlabelledBatch(NamedTuple):
+    """tokens (b,l) uint8, padded on the right with PAD; lengths (b,) int64; lower (b,l) bool: in lower case."""
+
+    tokens: Tensor
+    lengths: Tensor
+    lower: Tensor
 
 
 @dataclass(frozen=True)
@@ -88,38 +97,43 @@ def within_n_cap(windows: Windows, library: Library, max_n_fraction: float) -> n
 
 
 class Sample(NamedTuple):
-    """One window: tokens (l,) uint8, its class id, and whether `collate` is to turn it to the other strand."""
+    """One window: tokens (l,) uint8, its class id, whether `collate` is to turn it to the other strand, and, where it
+    was asked for, which letters are in lower case (l,) bool: repeats, in a soft-masked genome."""
 
     tokens: np.ndarray
     label: int
     flip: bool
+    lower: np.ndarray | None = None
 
 
 class WindowDataset(Dataset[Sample]):
-    """The windows of `windows` in their order, every epoch the same."""
+    """The windows of `windows` in their order, every epoch the same; with their case, if it is asked for."""
 
-    def __init__(self, library: Library, windows: Windows) -> None:
+    def __init__(self, library: Library, windows: Windows, case: bool = False) -> None:
         self.library = library
         self.windows = windows
+        self.case = case
 
     def __len__(self) -> int:
         return len(self.windows)
 
     def __getitem__(self, index: int) -> Sample:
-        return _read(self.library, self.windows, index, False)
+        return _read(self.library, self.windows, index, False, self.case)
 
 
-def _read(library: Library, windows: Windows, at: int, flip: bool) -> Sample:
+def _read(library: Library, windows: Windows, at: int, flip: bool, case: bool) -> Sample:
     start_bp = int(windows.start_bp[at])
-    tokens = library.tokens(int(windows.record_id[at]), start_bp, start_bp + int(windows.length[at]))
-    return Sample(tokens, int(windows.label[at]), flip)
+    letters = library.letters(int(windows.record_id[at]), start_bp, start_bp + int(windows.length[at]))
+    lower = (letters & LOWER_CASE_BIT) != 0 if case else None
+    return Sample(ENCODE[letters], int(windows.label[at]), flip, lower)
 
 
 class TrainingDataset(Dataset[Sample]):
     """An unending sequence of windows, `len(self)` of them to an epoch; item i is a function of (seed, i) alone.
 
     `candidates` are whole regions to draw from anywhere (`random_start`), or fixed windows to take in random order,
-    each once before any comes again. With `balance`, every class gives the same number of windows to an epoch.
+    each once before any comes again. With `balance`, every class gives the same number of windows to an epoch. With
+    `case`, samples say which letters are in lower case.
     `windows` describes epoch 0: items 0 to len(self) - 1.
     """
 
@@ -135,7 +149,9 @@ class TrainingDataset(Dataset[Sample]):
         balance: bool = False,
         rc_probability: float = 0.0,
         max_n_fraction: float = 1.0,
+        case: bool = False,
     ) -> None:
+        self.case = case
         self.library = library
         self.candidates = candidates
         self.windows_per_epoch = windows_per_epoch
@@ -157,7 +173,7 @@ class TrainingDataset(Dataset[Sample]):
             self._drawn = self.draw(epoch)
             self._epoch = epoch
         windows, flip = self._drawn
-        return _read(self.library, windows, at, bool(flip[at]))
+        return _read(self.library, windows, at, bool(flip[at]), self.case)
 
     def draw(self, epoch: int) -> tuple[Windows, np.ndarray]:
         """The epoch's windows in training order, and which of them are read from the other strand (w,) bool."""
@@ -229,3 +245,14 @@ def collate(samples: Sequence[Sample]) -> DNABatch:
     if flip.any():
         batch[flip] = reverse_complement(batch[flip], lengths[flip])
     return DNABatch(batch, lengths, torch.tensor([sample.label for sample in samples]))
+
+
+def collate_unlabelled(samples: Sequence[Sample]) -> UnlabelledBatch:
+    """`collate` for samples that were read with their case."""
+    tokens, lengths, _ = collate(samples)
+    lower = torch.zeros(tokens.shape, dtype=torch.bool)
+    for row, sample in zip(lower, samples, strict=True):
+        assert sample.lower is not None
+        marks = torch.from_numpy(sample.lower)
+        row[: len(marks)] = marks.flip(0) if sample.flip else marks
+    return UnlabelledBatch(tokens, lengths, lower)

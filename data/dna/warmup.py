@@ -1,11 +1,14 @@
 """Length warm-up: training windows double in length, stage by stage, while every step sees as many bases."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from torch.utils.data import Dataset
 
-from seqssm.data.dna.sampling import DNABatch, Sample, TrainingDataset, collate
+from seqssm.data.dna.sampling import Sample, TrainingDataset
 from seqssm.errors import UserError
+
+B = TypeVar("B")
 
 
 class LengthWarmUp(Dataset[list[Sample]]):
@@ -69,6 +72,6 @@ def window_lengths(first_bp: int, window_bp: int | None) -> list[int]:
     return [first_bp << i for i in range(times.bit_length())]
 
 
-def collate_items(items: Sequence[list[Sample]]) -> DNABatch:
-    """The windows of all items in one batch."""
+def collate_items(items: Sequence[list[Sample]], collate: Callable[[Sequence[Sample]], B]) -> B:
+    """The windows of all items in one batch, as ``collate`` makes it of samples."""
     return collate([sample for item in items for sample in item])

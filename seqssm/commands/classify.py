@@ -1,4 +1,8 @@
-"""Label the sequences of a FASTA file with a trained DNA classifier: one TSV row a window."""
+"""Label the sequences of a FASTA file with a trained DNA classifier: one TSV row a window.
+
+With --tracks or --embeddings, along whole chromosomes, each row with all of the record as context; with --vcf, the
+effect of variants.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +13,11 @@ from pathlib import Path
 
 import torch
 
+from seqssm.commands import classify_tracks, classify_variants
 from seqssm.data.dna.prediction import FastaWindows, window_batches
+from seqssm.errors import UserError
 from seqssm.files import atomic_write
-from seqssm.tasks.base import build_task, read_checkpoint
+from seqssm.tasks.base import Loaded, build_task, read_checkpoint
 from seqssm.tasks.dna import DNAClassification
 
 
@@ -23,13 +29,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", "-o", type=Path, help="TSV file to write; default: standard output")
     parser.add_argument("--batch-size", type=int, default=8, help="windows a forward pass (default: 8)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    classify_tracks.add_arguments(parser)
+    classify_variants.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
+    along = args.tracks is not None or args.embeddings is not None
+    if args.vcf is not None and along:
+        raise UserError("--vcf scores variants, --tracks and --embeddings go along the sequence: run them one by one")
+    if along and args.output is not None:
+        raise UserError("--tracks and --embeddings name their own files: leave --output out")
+    loaded = read_checkpoint(args.checkpoint)
+    if along:
+        classify_tracks.run(args, loaded)
+    elif args.vcf is not None:
+        classify_variants.run(args, loaded)
+    else:
+        _windows(args, loaded)
+
+
+def _windows(args: argparse.Namespace, loaded: Loaded) -> None:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-    loaded = read_checkpoint(args.checkpoint)
     task = build_task(loaded, DNAClassification, args.checkpoint).to(args.device)
     trained_bp = loaded.data.get("init_args", {}).get("window_bp")
     window_bp = (trained_bp if args.window_bp is None else args.window_bp) or None

@@ -12,6 +12,7 @@ from seqssm.commands import evaluate_asr, evaluate_tagging
 from seqssm.commands.evaluate_synthetic import evaluate_synthetic, is_synthetic
 from seqssm.errors import UserError
 from seqssm.tasks.base import Loaded, read_checkpoint, task_class
+from seqssm.tasks.pretraining import DNAPretraining
 from seqssm.tasks.tagging import AudioTagging
 
 
@@ -64,6 +65,7 @@ def build_datamodule(loaded: Loaded, config: str | None, batch_size: int | None)
     from jsonargparse import ArgumentError, ArgumentParser
 
     import seqssm.data.audio.datamodule  # makes the short class names known to the parser
+    import seqssm.data.dna.unlabelled
     import seqssm.data.synthetic
     import seqssm.data.synthetic_tasks  # noqa: F401
     from seqssm.cli import find_config
@@ -130,6 +132,10 @@ def evaluate(
     arguments |= {"baselines": baselines, "accelerator": accelerator}
     if issubclass(task_class(loaded, checkpoint), AudioTagging):
         return evaluate_tagging.evaluate_tagging(loaded, checkpoint, **arguments, epochs=epochs)
+    if issubclass(task_class(loaded, checkpoint), DNAPretraining):
+        from seqssm.commands.evaluate_pretraining import evaluate_pretraining
+
+        return evaluate_pretraining(loaded, checkpoint, **arguments)
     from seqssm.commands.evaluate_dna import evaluate_dna
 
     return evaluate_dna(loaded, checkpoint, **arguments)

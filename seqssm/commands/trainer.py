@@ -12,11 +12,13 @@ import lightning.pytorch as pl
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 import seqssm.data.audio.datamodule  # imports every DataModule: the parser knows short names of imported classes
+import seqssm.data.dna.unlabelled
 import seqssm.data.speech.datamodule
 import seqssm.data.synthetic
 import seqssm.data.synthetic_tasks
 import seqssm.tasks.asr
 import seqssm.tasks.dna  # the same for tasks
+import seqssm.tasks.pretraining
 import seqssm.tasks.synthetic
 import seqssm.tasks.tagging  # noqa: F401
 from seqssm.errors import UserError

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seqssm.errors import UserError
-from seqssm.mixers.base import Mixer, State
+from seqssm.mixers.base import Mixer, Reading, State
 from seqssm.mixers.segments import SegmentGroup, by_segment, last_segment
 
 
@@ -86,6 +86,14 @@ class Attention(Mixer):
             y = self._attend_mask(q, k, v, self._mask(state["length"], seq_idx, past, x.shape[1]))
             new = self._cache(k, v, self._run_length(state, seq_idx, x))
         return self.out_proj(y.flatten(2)), new
+
+    def readings(self, reverse: bool = False) -> list[Reading]:
+        if not self.causal or self.window is None:
+            raise UserError(
+                "this model's attention sees the whole sequence at once, so it cannot read a long one in constant "
+                "memory; train one with attention that is causal and has a window, or without attention"
+            )
+        return super().readings(reverse)
 
     def step(self, x: Tensor, state: State) -> Tensor:
         y, new = self(x.unsqueeze(1), state)

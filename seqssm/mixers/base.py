@@ -4,13 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 State = dict[str, Tensor]
+
+
+class Reading(NamedTuple):
+    """One of the readings whose outputs a layer adds up: a causal mixer, its strand, and its direction.
+
+    Attributes:
+        strand: which d of the layer's channels it reads, and writes.
+        mixer: it carries a state in its direction.
+        reverse: it reads from the last token to the first.
+    """
+
+    strand: int
+    mixer: Mixer
+    reverse: bool
 
 
 class Mixer(nn.Module):
@@ -78,6 +92,17 @@ class Mixer(nn.Module):
             dtype: of the activations that the state holds; the parameters' when None. Scan states are float32 anyway.
         """
         raise NotImplementedError
+
+    def readings(self, reverse: bool = False) -> list[Reading]:
+        """What the layer is the sum of, each with a state of its own, so that all can be run a chunk at a time.
+
+        Args:
+            reverse: turn all directions around.
+
+        Raises:
+            UserError: it has no state of bounded size.
+        """
+        return [Reading(0, self, reverse)]
 
     def run_streams(
         self,
