@@ -128,7 +128,7 @@ class Hello(BaseModel):
         if not sound.all():
             at = int(np.argmin(sound.all(1)))
             value = values[at][~sound[at]][0]
-            raise Refusal("bad_samples", f"sample {before + at} is {value}; f32le is sound between -1 and 1")
+            raise Refusal("bad_samples", f"sample {before + at} is {value:g}; f32le is sound between -1 and 1")
         return values.mean(1, dtype=np.float32)
 
 
