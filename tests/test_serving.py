@@ -2,7 +2,9 @@
 
 import asyncio
 import json
+import shutil
 import socket
+import subprocess
 import threading
 import time
 import urllib.error
@@ -528,6 +530,22 @@ def test_the_command_serves_clients_and_reports_how_long_they_wait(
     assert out.startswith("2 live sessions of 2 s at 16,000 Hz")
     waits = [float(part) for part in out.splitlines()[2].replace(",", "").split()[-4:]]
     assert 0 < waits[0] <= waits[1] <= waits[2] <= waits[3]
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="needs openssl, to make a certificate")
+def test_the_command_serves_over_tls(
+    checkpoints: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    key, certificate = checkpoints / "key.pem", checkpoints / "certificate.pem"
+    subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", *subject]
+    subprocess.run([*command, "-keyout", str(key), "-out", str(certificate)], check=True, capture_output=True)
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))  # the clients trust it
+    args = ["--checkpoint", str(checkpoints / "asr.ckpt"), "--tls-cert", str(certificate), "--tls-key", str(key)]
+    assert main(["serve", *args, "--port", "0", "--load-test", "1", "--load-s", "1"]) == 0
+    out, err = capsys.readouterr()
+    assert "listening on https://127.0.0.1:" in err
+    assert out.startswith("1 live sessions of 1 s")
 
 
 COMMANDS = {

@@ -180,7 +180,8 @@ def test_the_page_resamples_as_well_as_soxr(browser: Browser, source: int, targe
         const Resampler = new Function(WORKLET.split("class Packets")[0] + "return Resampler;")();
         const resampler = new Resampler({source}, {target});
         const samples = {json.dumps([round(float(x), 7) for x in aliased])}, out = [];
-        for (let i = 0; i < samples.length; i += 128) out.push(...resampler.push(Float32Array.from(samples.slice(i, i + 128))));
+        for (let i = 0; i < samples.length; i += 128)
+            out.push(...resampler.push(Float32Array.from(samples.slice(i, i + 128))));
         out.push(...resampler.push(new Float32Array(resampler.half)));
         return out;
     }})()"""

@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -327,4 +328,5 @@ class Client:
         await sending
         if not self._gone:
             code = 1000 if refusal is None else CLOSE_CODES[refusal.code]
-            await self._socket.close(code, "" if refusal is None else refusal.code)
+            with suppress(WebSocketDisconnect, RuntimeError):  # gone meanwhile
+                await self._socket.close(code, "" if refusal is None else refusal.code)
