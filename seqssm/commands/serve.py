@@ -241,5 +241,6 @@ def report(figures: dict[str, Any]) -> str:
             f"{'ms':<34}{'P50':>9}{'P90':>9}{'P99':>9}{'max':>9}",
             row("from sound to text, behind lookahead", figures["latency_ms"]),
             row("from Done to the last result", figures["final_ms"]),
+            *([f"{figures['waited']} clients were kept waiting"] if figures["waited"] else []),
         ]
     )

@@ -111,7 +111,7 @@ class Client:
         self._finished = asyncio.Event()
         self._begin = time.monotonic()
         self._sent = 0  # samples
-        self._warned = False
+        self._warned: set[str] = set()
         self.hello: Hello | None = None
 
     @property
@@ -239,25 +239,27 @@ class Client:
 
     async def _keep_pace(self, begin: float, rate: int) -> None:
         """Read no more, so that the client can send no more, while it is too far ahead of real time or of the model."""
-        limits = self._limits
+        limits, heard_s = self._limits, self._sent / rate
         if limits.speed:
-            wait = (self._sent / rate - limits.ahead_s) / limits.speed - (time.monotonic() - begin)
-            if wait > 0:
-                self._warn(f"read {limits.speed:g} times as fast as it is spoken at most", begin, rate)
-                await asyncio.sleep(wait)
-        while max(feed.backlog_s for _, feed in self._feeds) > limits.ahead_s:
-            self._warn("read as fast as this server can", begin, rate)
+            passed_s = time.monotonic() - begin
+            wait_s = (heard_s - limits.ahead_s) / limits.speed - passed_s
+            if wait_s > 0:
+                self._warn(
+                    "too_fast",
+                    f"sound came {heard_s / max(passed_s, 1e-3):.1f} times as fast as it is spoken; it is read "
+                    f"{limits.speed:g} times as fast, and waits meanwhile: nothing is lost. If it is live, its rate is "
+                    f"not the declared {rate} Hz",
+                )
+                await asyncio.sleep(wait_s)
+        while (behind_s := max(feed.backlog_s for _, feed in self._feeds)) > limits.ahead_s:
+            self._warn("behind", f"the server is {behind_s:.1f} s behind; sound waits meanwhile: nothing is lost")
             await asyncio.sleep(0.05)
 
-    def _warn(self, how: str, begin: float, rate: int) -> None:
-        if not self._warned:
-            self._warned = True
-            speed = self._sent / rate / max(time.monotonic() - begin, 1e-3)
-            message = (
-                f"sound came {speed:.1f} times as fast as it is spoken; it is {how}, and waits meanwhile: nothing is "
-                f"lost. Where it is live, its rate is not the declared {rate} Hz"
-            )
-            self._outbox.put({"type": "warning", "code": "too_fast", "message": message})
+    def _warn(self, code: str, message: str) -> None:
+        """Each once in a session."""
+        if code not in self._warned:
+            self._warned.add(code)
+            self._outbox.put({"type": "warning", "code": code, "message": message})
 
     # ---- what the client is told -------------------------------------------------------------------------------------
 

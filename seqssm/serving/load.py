@@ -5,14 +5,17 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import sys
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from websockets.asyncio.client import connect
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import WebSocketException
 
 from seqssm.data.audio.reading import AUDIO_SUFFIXES, blocks, open_audio
 from seqssm.errors import UserError
@@ -32,8 +35,8 @@ def main(args: list[str] | None = None) -> int:
     try:
         sound, rate = read_sound(a.sound) if a.sound else (noise(a.seed), 16_000)
         figures = measure(a.url, sound, rate, a.sessions, a.seconds, a.packet_ms, a.lookahead_ms, a.seed)
-    except (UserError, OSError) as error:
-        print(f"seqssm: error: {error}", file=sys.stderr)
+    except (UserError, OSError, WebSocketException) as error:
+        print(f"seqssm: error: {a.url}: {error}", file=sys.stderr)
         return 2
     print(json.dumps(figures))
     return 0
@@ -95,16 +98,18 @@ def measure(
     Returns:
         Plain data. A position's latency is from the end of its sound at the client, plus the lookahead, until the
         client has what was decoded there: the wait for the packet and for the chunk to be full, the WebSocket and the
-        computing. ``final_ms`` is from `Done` to the end of the session.
+        computing. ``final_ms`` is from `Done` to the end of the session; ``waited`` counts the clients that the server
+        had to keep waiting, because it was behind.
 
     Raises:
         UserError: a client was refused or cut off.
+        OSError: there is no such server.
     """
     rng = np.random.default_rng(seed)
     places = rng.integers(len(sound), size=sessions)
     delays = rng.uniform(0, 1, size=sessions)
 
-    async def run() -> list[tuple[list[float], float, int]]:
+    async def run() -> list[Spoken]:
         clients = (
             _speak(url, np.roll(sound, -int(place)), rate, seconds, packet_ms, lookahead_ms, float(delay))
             for place, delay in zip(places, delays, strict=True)
@@ -112,10 +117,10 @@ def measure(
         return await asyncio.gather(*clients)
 
     told = asyncio.run(run())
-    values = 1000 * np.concatenate([latencies for latencies, _, _ in told])
+    values = 1000 * np.concatenate([one.latencies_s for one in told])
     if not len(values):
         raise UserError(f"{seconds:g} s are too short: nothing was decoded before the end; speak longer")
-    finals = 1000 * np.array([final_s for _, final_s, _ in told])
+    finals = 1000 * np.array([one.final_s for one in told])
     return {
         "sessions": sessions,
         "seconds": seconds,
@@ -124,13 +129,24 @@ def measure(
         "positions": len(values),
         "latency_ms": _percentiles(values),
         "final_ms": _percentiles(finals),
-        "results": sum(results for _, _, results in told),
+        "results": sum(one.results for one in told),
+        "waited": sum(one.waited for one in told),
     }
 
 
 def _percentiles(values: NDArray[np.float64]) -> dict[str, float]:
     p50, p90, p99 = np.percentile(values, [50, 90, 99])
     return {"p50": float(p50), "p90": float(p90), "p99": float(p99), "max": float(values.max())}
+
+
+@dataclass
+class Spoken:
+    """What one client measured: latencies of its positions, and the wait for the end, in seconds."""
+
+    latencies_s: list[float] = field(default_factory=list)
+    final_s: float = 0.0
+    results: int = 0
+    waited: bool = False
 
 
 async def _speak(
@@ -141,57 +157,56 @@ async def _speak(
     packet_ms: float,
     lookahead_ms: int | None,
     delay_s: float,
-) -> tuple[list[float], float, int]:
-    """Latencies in seconds, the wait for the end, and the number of results."""
+) -> Spoken:
     size = max(1, round(packet_ms / 1000 * rate))
-    latencies: list[float] = []
-    results = 0
-    async with connect(url, compression=None, max_queue=None) as socket:
+    count = math.ceil(seconds * rate / size)
+    spoken = Spoken()
+    async with connect(url, compression=None, max_queue=None, ping_interval=None) as socket:
         hello: dict[str, Any] = {"sample_rate": rate, "progress": True, "tags": False}
         await socket.send(json.dumps(hello if lookahead_ms is None else {**hello, "lookahead_ms": lookahead_ms}))
         settings = _checked(json.loads(await socket.recv()))
-        step_s = settings["token_ms"] / 1000
         await asyncio.sleep(delay_s)
         begin = time.perf_counter()
+        listening = asyncio.create_task(
+            _listen(socket, spoken, begin, settings["token_ms"] / 1000, count * size / rate)
+        )
+        try:
+            for i in range(count):
+                # A packet leaves when its last sample has been spoken, whenever this loop gets to it.
+                await asyncio.sleep(begin + (i + 1) * size / rate - time.perf_counter())
+                if listening.done():
+                    break
+                await socket.send(np.take(sound, range(i * size, (i + 1) * size), mode="wrap").tobytes())
+            else:
+                await socket.send("Done")
+            said = time.perf_counter()
+            await listening
+            spoken.final_s = time.perf_counter() - said
+        finally:
+            listening.cancel()
+    return spoken
 
-        async def listen() -> float:
-            """Until the last message; when it came."""
-            nonlocal results
-            read, ended = 0, False
-            while not ended:
-                message = _checked(json.loads(await socket.recv()))
-                now = time.perf_counter() - begin
-                ended = message["type"] == "done"
-                results += message["type"] in ("partial", "final")
-                if message["type"] == "progress" and message["read_s"] <= sent_s():
-                    upto = round(message["read_s"] / step_s)
-                    latencies.extend(now - (i + 1) * step_s for i in range(read, upto))
-                    read = upto
-            return time.perf_counter()
 
-        count = 0
-
-        def sent_s() -> float:
-            # Behind the end there is nothing more to wait for: the flush does not count as live.
-            return count * size / rate
-
-        listening = asyncio.create_task(listen())
-        while count * size < seconds * rate and not listening.done():
-            # A packet leaves when its last sample has been spoken, whenever this loop gets to it.
-            await asyncio.sleep(begin + (count + 1) * size / rate - time.perf_counter())
-            await socket.send(np.take(sound, range(count * size, (count + 1) * size), mode="wrap").tobytes())
-            count += 1
-        said = time.perf_counter()
-        if not listening.done():
-            await socket.send("Done")
-        return latencies, await listening - said, results
+async def _listen(socket: ClientConnection, spoken: Spoken, begin: float, token_s: float, seconds: float) -> None:
+    """Until the last message. Positions behind the last sample come with the flush, and do not count as live."""
+    read = 0
+    while True:
+        message = _checked(json.loads(await socket.recv()))
+        now = time.perf_counter() - begin
+        kind = message["type"]
+        spoken.results += kind in ("partial", "final")
+        spoken.waited |= kind == "warning"
+        if kind == "progress" and message["read_s"] < seconds:
+            upto = round(message["read_s"] / token_s)
+            spoken.latencies_s.extend(now - (i + 1) * token_s for i in range(read, upto))
+            read = upto
+        if kind == "done":
+            return
 
 
 def _checked(message: dict[str, Any]) -> dict[str, Any]:
     if message["type"] == "error":
         raise UserError(f"the server refused a client ({message['code']}): {message['message']}")
-    if message["type"] == "warning":
-        raise UserError(f"the server could not keep up with a client: {message['message']}")
     return message
 
 
