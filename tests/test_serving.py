@@ -359,11 +359,10 @@ def test_a_client_that_is_too_fast_is_slowed_down_and_told_so(task: StreamingASR
         begin = time.monotonic()
         messages = said(url, samples, [800])
         assert time.monotonic() - begin >= 0.7
-    (warning,) = (message for message in messages if message["type"] == "warning")
-    assert warning["code"] == "too_fast"
-    assert "its rate is not the declared 8000 Hz" in warning["message"]
-    messages.remove(warning)
-    assert messages[:-1] == expected(task, samples)
+    # On a busy machine the server may also be behind, and say so.
+    warnings = {message["code"]: message["message"] for message in messages if message["type"] == "warning"}
+    assert "its rate is not the declared 8000 Hz" in warnings["too_fast"]
+    assert [message for message in messages if message["type"] != "warning"][:-1] == expected(task, samples)
 
 
 def test_a_model_that_is_slow_is_waited_for(task: StreamingASR) -> None:

@@ -213,11 +213,12 @@ class Client:
             message = await self._socket.receive()
         if message["type"] == "websocket.disconnect":
             raise WebSocketDisconnect(message.get("code", 1006))
-        text, data = message.get("text"), message.get("bytes")
-        size = len(data) if data is not None else len(text)
-        if size > self._limits.frame_bytes:
-            raise Refusal("frame_too_large", f"a frame of {size:,} bytes: send {self._limits.frame_bytes:,} at most")
-        return data if data is not None else text
+        frame: str | bytes = message["text"] if message.get("bytes") is None else message["bytes"]
+        if len(frame) > self._limits.frame_bytes:
+            raise Refusal(
+                "frame_too_large", f"a frame of {len(frame):,} bytes: send {self._limits.frame_bytes:,} at most"
+            )
+        return frame
 
     async def _join(self, hello: Hello) -> None:
         service, rate = self._service, hello.sample_rate
