@@ -2,164 +2,59 @@
 
 import asyncio
 import json
-import shutil
 import socket
-import subprocess
 import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
+from served import (
+    RATE,
+    RULES,
+    SLOTS,
+    expected,
+    health,
+    make_service,
+    make_tagging,
+    make_task,
+    rest,
+    running,
+    said,
+    say_hello,
+    sound,
+    texts,
+    until,
+)
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
-from seqssm.backbone import BackboneConfig
-from seqssm.cli import main
-from seqssm.data.features import FeatureConfig, fbank
 from seqssm.serving.client import CROWDED, Client, Limits, Outbox
-from seqssm.serving.engine import Recogniser, TagEngine, TagListener
-from seqssm.serving.protocol import Message, Refusal, event_message, result_message
-from seqssm.serving.server import Server, Service
+from seqssm.serving.engine import TagListener
+from seqssm.serving.protocol import Message, event_message, result_message
 from seqssm.tasks.asr import StreamingASR
-from seqssm.tasks.asr_stream import SlotTable, Transcriber
-from seqssm.tasks.base import CHECKPOINT_KEY
-from seqssm.tasks.decoding.ctc import GreedyCTC
+from seqssm.tasks.asr_stream import Transcriber
 from seqssm.tasks.tagging import AudioTagging
-from seqssm.tasks.transcripts import EndpointRules, Result
-
-RATE = 8000
-FEATURES = FeatureConfig(sample_rate=RATE, n_mels=16, mean=-6.0, std=4.0)
-RULES = EndpointRules(silence_s=0.6, after_text_s=0.3, longest_s=2.0)
-SLOTS = 3
-SLACK = Limits(sessions=SLOTS, speed=0, ahead_s=60)
-
-
-def sound(seconds: float, seed: int = 0, rate: int = RATE) -> np.ndarray:
-    """16-bit samples (n,)."""
-    rng = np.random.default_rng(seed)
-    envelope = np.repeat(rng.random(int(seconds * 8) + 1), rate // 8)[: int(seconds * rate)]
-    return (8000 * rng.standard_normal(int(seconds * rate)) * envelope).astype("<i2")
+from seqssm.tasks.transcripts import Result
 
 
 @pytest.fixture(scope="module")
 def task() -> StreamingASR:
-    """An untrained recogniser whose output varies: many tokens, blanks and repeats."""
-    torch.manual_seed(0)
-    config = BackboneConfig(d_model=16, n_layers=2)
-    tokenizer = {"kind": "characters", "characters": " abcd"}
-    task = StreamingASR(tokenizer, features=FEATURES, backbone=config, stem_channels=4).eval()
-    features = fbank(torch.from_numpy(sound(3.0, 99) / np.float32(32768)), FEATURES)[None]
-    with torch.no_grad():
-        encoded = task.encode(features, torch.tensor([features.shape[1]])).encoded
-        task.head.weight.mul_(3 / encoded.std(1).mean())
-        task.head.bias.copy_(-task.head.weight @ encoded.mean((0, 1)))
-    return task
+    return make_task()
 
 
 @pytest.fixture(scope="module")
 def tagging() -> AudioTagging:
-    torch.manual_seed(0)
-    config = BackboneConfig(d_model=16, n_layers=2)
-    task = AudioTagging(["a", "b", "c"], True, FEATURES, config, stem_channels=[4, 6, 6]).eval()
-    features = fbank(torch.from_numpy(sound(3.0, 15) / np.float32(32768)), FEATURES)[None]
-    with torch.no_grad():
-        logits = task.frame_logits(features, torch.tensor([features.shape[1]]))[0]
-    # An untrained model that nevertheless hears something now and then.
-    task.thresholds = task.probabilities(logits).quantile(0.7, 0).tolist()
-    return task
-
-
-def make_service(task: StreamingASR, limits: Limits = SLACK, tagging: AudioTagging | None = None) -> Service:
-    recogniser = Recogniser(task, limits.sessions, 160, GreedyCTC, RULES)
-    tagger = None if tagging is None else TagEngine(tagging, 0.48)
-    return Service(recogniser, tagger, limits, frozenset({"http://localhost:8000"}))
-
-
-@contextmanager
-def running(service: Service) -> Iterator[tuple[str, Server]]:
-    """The WebSocket's address and the server, which serves in a thread meanwhile."""
-    server = Server(service)
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        try:
-            until(lambda: server.started)
-            yield f"ws://127.0.0.1:{listener.getsockname()[1]}/stream", server
-        finally:
-            server.should_exit = True
-            thread.join(30)
-            assert not thread.is_alive()
-
-
-def until(condition: Any, seconds: float = 30.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come true"
-        time.sleep(0.01)
+    return make_tagging()
 
 
 @pytest.fixture(scope="module")
 def url(task: StreamingASR) -> Iterator[str]:
     with running(make_service(task)) as (url, _):
         yield url
-
-
-def health(url: str) -> dict[str, Any]:
-    with urllib.request.urlopen(url.replace("ws://", "http://").replace("/stream", "/health")) as answer:
-        return json.load(answer)
-
-
-def say_hello(client: ClientConnection, **hello: Any) -> Message:
-    client.send(json.dumps({"sample_rate": RATE, **hello}))
-    return json.loads(client.recv(30))
-
-
-def rest(client: ClientConnection) -> tuple[list[Message], int]:
-    """All messages up to the end, and the code that the server closes with."""
-    messages = []
-    try:
-        while True:
-            messages.append(json.loads(client.recv(30)))
-    except ConnectionClosed as closed:
-        return messages, closed.rcvd.code if closed.rcvd else 1006
-
-
-def said(url: str, samples: np.ndarray, sizes: list[int], **hello: Any) -> list[Message]:
-    """What the server says of packets of these sizes, over and over, behind `ready`."""
-    with connect(url, compression=None) as client:
-        assert say_hello(client, **hello)["type"] == "ready"
-        at = i = 0
-        while at < len(samples):
-            client.send(samples[at : at + sizes[i % len(sizes)]].tobytes())
-            at, i = at + sizes[i % len(sizes)], i + 1
-        client.send("Done")
-        messages, code = rest(client)
-        assert code == 1000
-        return messages
-
-
-def expected(task: StreamingASR, samples: np.ndarray, rate: int = RATE, slots: int = SLOTS) -> list[Message]:
-    """What a table of as many slots makes of samples (n,) or (channels, n), by itself."""
-    table = SlotTable(task, slots, 160)
-    session = table.open(rate, rules=RULES)
-    session.accept(samples)
-    session.finish()
-    while table.step():
-        pass
-    results = session.take()
-    assert results
-    return [json.loads(json.dumps(result_message(result))) for result in results]
-
-
-def texts(messages: list[Message]) -> list[str]:
-    return [message["text"] for message in messages if message["type"] == "final"]
 
 
 # ---- text ------------------------------------------------------------------------------------------------------------
@@ -509,84 +404,3 @@ def test_tags_come_beside_the_text_for_any_packets(task: StreamingASR, tagging: 
             best = [tag["probability"] for tag in tags[0]["tags"]]
             assert best == sorted(best, reverse=True)
         assert not [one for one in said(url, samples, [8000], tags=False) if one["type"] in ("tags", "event")]
-
-
-# ---- the command -----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def checkpoints(task: StreamingASR, tagging: AudioTagging, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("serving")
-    for name, one in (("asr", task), ("tagging", tagging)):
-        torch.save({CHECKPOINT_KEY: one.describe(), "state_dict": one.state_dict()}, folder / f"{name}.ckpt")
-    return folder
-
-
-def test_the_command_serves_clients_and_reports_how_long_they_wait(
-    checkpoints: Path, capsys: pytest.CaptureFixture
-) -> None:
-    args = ["--checkpoint", str(checkpoints / "asr.ckpt"), "--tag-checkpoint", str(checkpoints / "tagging.ckpt")]
-    assert main(["serve", *args, "--port", "0", "--load-test", "2", "--load-s", "2"]) == 0
-    out, err = capsys.readouterr()
-    assert "listening on http://127.0.0.1:" in err
-    assert out.startswith("2 live sessions of 2 s at 16,000 Hz")
-    waits = [float(part) for part in out.splitlines()[2].replace(",", "").split()[-4:]]
-    assert 0 < waits[0] <= waits[1] <= waits[2] <= waits[3]
-
-
-@pytest.mark.skipif(not shutil.which("openssl"), reason="needs openssl, to make a certificate")
-def test_the_command_serves_over_tls(
-    checkpoints: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    key, certificate = checkpoints / "key.pem", checkpoints / "certificate.pem"
-    subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", *subject]
-    subprocess.run([*command, "-keyout", str(key), "-out", str(certificate)], check=True, capture_output=True)
-    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))  # the clients trust it
-    args = ["--checkpoint", str(checkpoints / "asr.ckpt"), "--tls-cert", str(certificate), "--tls-key", str(key)]
-    assert main(["serve", *args, "--port", "0", "--load-test", "1", "--load-s", "1"]) == 0
-    out, err = capsys.readouterr()
-    assert "listening on https://127.0.0.1:" in err
-    assert out.startswith("1 live sessions of 1 s")
-
-
-COMMANDS = {
-    "nothing": ([], "--checkpoint is missing"),
-    "another task": (["--checkpoint", "{folder}/tagging.ckpt"], "needs a StreamingASR checkpoint"),
-    "sessions": (["--checkpoint", "{folder}/asr.ckpt", "--sessions", "0"], "sessions is 0"),
-    "speed": (["--checkpoint", "{folder}/asr.ckpt", "--speed", "0.5"], "live sound comes at 1"),
-    "port": (["--checkpoint", "{folder}/asr.ckpt", "--port", "{port}"], "Address already in use"),
-    "no port": (["--checkpoint", "{folder}/asr.ckpt", "--port", "70000"], "between 0 and 65535"),
-    "half of TLS": (["--checkpoint", "{folder}/asr.ckpt", "--tls-cert", "{folder}/asr.ckpt"], "give both"),
-    "no TLS": (
-        ["--checkpoint", "{folder}/asr.ckpt", "--tls-cert", "{folder}/asr.ckpt", "--tls-key", "{folder}/asr.ckpt"],
-        "give a matching pair",
-    ),
-    "url": (["--url", "ws://localhost:1/stream"], "--url is for --load-test"),
-}
-
-
-@pytest.mark.parametrize(("args", "message"), COMMANDS.values(), ids=COMMANDS)
-def test_bad_arguments_are_one_line_and_exit_code_2(
-    checkpoints: Path, args: list[str], message: str, capsys: pytest.CaptureFixture
-) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        default = [] if "--port" in args else ["--port", "0"]
-        assert main(["serve", *[arg.format(folder=checkpoints, port=port) for arg in args], *default]) == 2
-    last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert last.startswith("seqssm: error: ")
-    assert message in last
-
-
-def test_the_extra_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "uvicorn", None)
-    assert main(["serve", "--checkpoint", "x"]) == 2
-    assert "pip install 'seqssm[serve]'" in capsys.readouterr().err
-
-
-def test_refusals_have_a_close_code() -> None:
-    from seqssm.serving.protocol import CLOSE_CODES
-
-    for code in CLOSE_CODES:
-        assert Refusal(code, "why").to_message() == {"type": "error", "code": code, "message": "why"}

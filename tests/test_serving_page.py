@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
+from served import make_service, running
 from speller import RATE, checkpoint, spell
-from test_serving import make_service, running
 from websockets.sync.client import connect
 
 from seqssm.serving.client import Limits
