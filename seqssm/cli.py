@@ -24,6 +24,7 @@ TOOLS = {
     "classify": "label the sequences of a FASTA file with a trained DNA classifier",
     "tag": "say what is heard in audio files or a live stream, and when, with a trained tagger",
     "transcribe": "write down what is said in audio files or a live stream, with a trained recogniser",
+    "serve": "transcribe live clients over WebSockets, with a page for the microphone",
     "evaluate": "score a checkpoint on held-out data, with intervals, beside honest baselines",
     "bench": "time the kernels and models on this machine",
 }

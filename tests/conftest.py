@@ -1,5 +1,16 @@
+from pathlib import Path
+
 import pytest
+import speller
 import torch
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with spelled words and what `seqssm fit` learnt of them; see speller.py."""
+    folder = tmp_path_factory.mktemp("speech")
+    speller.train(folder)
+    return folder
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -25,7 +25,7 @@ def layer(module: str) -> str:
         return parts[1]
     if len(parts) > 1 and parts[1] in ("errors", "files"):
         return "leaf"
-    if len(parts) > 1 and parts[1] in ("cli", "commands", "__main__"):
+    if len(parts) > 1 and parts[1] in ("cli", "commands", "serving", "__main__"):
         return "cli"
     return "model"
 

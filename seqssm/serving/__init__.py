@@ -1,0 +1,1 @@
+"""Live transcription and tagging over WebSockets; `seqssm serve` starts it. Needs the extra `serve`."""
