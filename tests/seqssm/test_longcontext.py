@@ -76,6 +76,10 @@ def test_weights_say_how_much_a_token_counts() -> None:
     losses = nn.functional.cross_entropy(model(ids)[0][:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
     expected = (losses * weights[:, 1:].flatten()).sum() / weights[:, 1:].sum()
     torch.testing.assert_close(next_token_loss(model, ids, 8, weights=weights)[0], expected)
+    nothing, _ = next_token_loss(model, ids, 8, weights=torch.zeros_like(weights))  # a window of N
+    nothing.backward()
+    assert nothing == 0
+    assert not model.embedding.weight.grad.any()
 
 
 def test_gradients_reach_the_state_that_enters_and_leave_by_the_last() -> None:
