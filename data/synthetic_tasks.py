@@ -59,7 +59,8 @@ class SyntheticDataModule(LightningDataModule, ABC):
         steps_per_epoch: training steps between validations.
         val_lengths: validation lengths; default the longest in training.
         val_sequences: validation sequences at each length.
-        test_lengths: lengths that ``seqssm test`` and ``seqssm evaluate`` report on.
+        test_lengths: lengths that ``seqssm test`` and ``seqssm evaluate`` report on; default the powers of two from 2^6
+            to 2^20 that the problem fits in.
         test_sequences: test sequences at each length.
         eval_tokens: tokens in a batch of validation and test, at least one sequence.
         num_workers: processes that make batches.
@@ -89,13 +90,14 @@ class SyntheticDataModule(LightningDataModule, ABC):
         super().__init__()
         self.train_lengths = train_lengths or [256]
         self.val_lengths = val_lengths or [max(self.train_lengths)]
-        self.test_lengths = test_lengths or [2**i for i in range(6, 21)]
+        self.test_lengths = test_lengths or []
         self.tokens_per_step, self.steps_per_epoch = tokens_per_step, steps_per_epoch
         self.val_sequences, self.test_sequences = val_sequences, test_sequences
         self.eval_tokens, self.num_workers, self.seed = eval_tokens, num_workers, seed
 
     def check(self) -> None:
         """Raise UserError unless every setting works; a subclass calls it when it knows what it needs."""
+        self.test_lengths = self.test_lengths or [2**i for i in range(6, 21) if 2**i >= self.shortest]
         for name in ("tokens_per_step", "steps_per_epoch", "val_sequences", "test_sequences", "eval_tokens"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")

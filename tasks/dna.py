@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
@@ -223,6 +224,11 @@ class DNAClassification(Task):
         return probabilities
 
     def on_fit_start(self) -> None:
+        if self.chunk_length and isinstance(self.trainer.strategy, FSDPStrategy | ModelParallelStrategy):
+            raise UserError(
+                "model.chunk_length recomputes chunks in the backward pass, when a sharded strategy has given the "
+                "weights back: use trainer.strategy ddp, or chunk_length 0"
+            )
         if self.class_weights == "balanced":
             by_label = self.trainer.datamodule.report.counts["train"]  # type: ignore[attr-defined]
             counts = torch.tensor([float(by_label[label]) for label in self.labels])

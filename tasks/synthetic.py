@@ -20,7 +20,11 @@ from seqssm.tasks.dna import DNAClassification
 
 
 class AccuracyByLength(Metric):
-    """Right answers at each sequence length, over all ranks; lengths are told apart up to 2^40."""
+    """Right answers at each sequence length, over all ranks.
+
+    Args:
+        lengths: all that will be seen, tokens.
+    """
 
     right: Tensor
     total: Tensor

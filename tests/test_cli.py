@@ -145,6 +145,9 @@ def test_a_checkpoint_that_disagrees_with_the_config_is_refused(trained: Path, c
     capsys.readouterr()
     assert main([*args, "--model.backbone.d_model", "32"]) == 2
     assert "was trained with model.backbone" in capsys.readouterr().err
+    assert main([*args, "--model.chunk_length", "64"]) == 0  # how it is computed, not what was learnt
+    assert main([*args, "--model.chunk_length", "3"]) == 2
+    assert "model.chunk_length gives chunks of 3 positions, shorter than the" in capsys.readouterr().err
 
 
 def test_overview_names_every_command(capsys: pytest.CaptureFixture) -> None:

@@ -135,6 +135,7 @@ def next_token_loss(
 
     Returns:
         The loss in nats a token, a float32 scalar (float64 for a float64 model), and the state behind the last token.
+        Where no token counts, the loss is 0.
     """
     device = model.embedding.weight.device
     length = tokens.shape[1]
@@ -170,7 +171,8 @@ def next_token_loss(
         offload=offload,
     )
     wide = torch.promote_types(model.embedding.weight.dtype, torch.float32)
-    return (carry["loss"] / carry["count"]).to(wide), state
+    count = carry["count"].clamp(min=torch.finfo(torch.float64).tiny)
+    return (carry["loss"] / count).to(wide), state
 
 
 def fold(
@@ -240,16 +242,10 @@ class _Run:
         self.offload = offload and device.type == "cuda"
         self.last_names: tuple[str, ...] = ()
         self.borders: list[tuple[Carry, list[Tensor]]] = []  # for each step: what entered it, states of the generators
-        # A cast of a weight that is cached without gradients would hide the weight from a later step that needs them.
-        self.autocast = {
-            "device_type": device.type,
-            "enabled": torch.is_autocast_enabled(device.type),
-            "dtype": torch.get_autocast_dtype(device.type),
-            "cache_enabled": False,
-        }
+        self.cast, self.cast_dtype = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
 
     def forward(self, carry: Carry) -> Carry:
-        with torch.no_grad(), torch.autocast(**self.autocast):
+        with torch.no_grad(), self._autocast():
             for i in range(self.steps):
                 self.borders.append((self._keep(carry), self._generators()))
                 carry = self.step(i, carry)
@@ -266,8 +262,12 @@ class _Run:
             name: value.detach().requires_grad_(value.is_floating_point() or value.is_complex())
             for name, value in carry.items()
         }
-        with self._replay(generators), torch.enable_grad(), torch.autocast(**self.autocast):
+        with self._replay(generators), torch.enable_grad(), self._autocast():
             return leaves, self.step(i, dict(leaves))
+
+    def _autocast(self) -> torch.autocast:
+        # A cast of a weight that is cached without gradients would hide the weight from a later step that needs them.
+        return torch.autocast(self.device.type, self.cast_dtype, self.cast, cache_enabled=False)
 
     def _keep(self, carry: Carry) -> Carry:
         if not self.offload:

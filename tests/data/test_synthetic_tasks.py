@@ -1,11 +1,14 @@
 """The synthetic problems: their answers by brute force, seeds, lengths, and what is refused."""
 
+from importlib import resources
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
 
+from seqssm.data import synthetic_tasks
 from seqssm.data.synthetic_tasks import (
     AssociativeRecall,
     InductionHeads,
@@ -94,6 +97,16 @@ def test_evaluation_goes_over_every_length() -> None:
     shapes = [tuple(batch.tokens.shape) for batch in data.test_dataloader()]
     assert shapes == [(8, 100), (4, 100), (3, 257), (3, 257), (3, 257), (3, 257)]
     assert [tuple(batch.tokens.shape) for batch in data.val_dataloader()] == 21 * [(12, 64)] + [(4, 64)]
+
+
+def test_the_shipped_settings_work() -> None:
+    configs = sorted(resources.files("seqssm.configs").joinpath("synthetic").iterdir(), key=lambda path: path.name)
+    assert len(configs) == 4
+    for config in configs:
+        section = yaml.safe_load(config.read_text())["data"]
+        data = getattr(synthetic_tasks, section["class_path"])(**section["init_args"])
+        assert data.test_lengths[-1] == 2**20
+        assert len(next(iter(data.train_dataloader())).tokens) >= 1
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Chunked backpropagation against one pass: results, every gradient, random numbers, precision, memory, refusals."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -76,6 +77,10 @@ def test_weights_say_how_much_a_token_counts() -> None:
     losses = nn.functional.cross_entropy(model(ids)[0][:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
     expected = (losses * weights[:, 1:].flatten()).sum() / weights[:, 1:].sum()
     torch.testing.assert_close(next_token_loss(model, ids, 8, weights=weights)[0], expected)
+    nothing, _ = next_token_loss(model, ids, 8, weights=torch.zeros_like(weights))  # a window of N
+    nothing.backward()
+    assert nothing == 0
+    assert not model.embedding.weight.grad.any()
 
 
 def test_gradients_reach_the_state_that_enters_and_leave_by_the_last() -> None:
@@ -163,6 +168,31 @@ def test_accumulates_like_any_other_gradient() -> None:
     model.embedding.weight.register_post_accumulate_grad_hook(lambda p: seen.append("embedding"))
     next_token_loss(model, ids, 10)[0].backward()
     assert seen == ["embedding"]  # once, not a chunk at a time: what distributed data parallel counts on
+
+
+class ChunkedLoss(nn.Module):
+    def __init__(self, model: LanguageModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return next_token_loss(self.model, ids, 10)[0]
+
+
+def test_distributed_data_parallel_takes_the_gradients(tmp_path: Path) -> None:
+    model, ids = make_model(pattern="m2"), tokens()
+    next_token_loss(model, ids, 64)[0].backward()
+    whole = gradients(model)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        parallel = nn.parallel.DistributedDataParallel(ChunkedLoss(model))
+        for _ in range(2):  # a second step complains about gradients that the first left unfinished
+            model.zero_grad()
+            parallel(ids).backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    for name, value in gradients(model).items():
+        torch.testing.assert_close(value, whole[name], rtol=1e-9, atol=1e-12)
 
 
 class Held:

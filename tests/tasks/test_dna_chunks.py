@@ -1,11 +1,13 @@
 """The DNA task chunk by chunk: the answers, gradients and training of one pass, and what is refused."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.strategies import FSDPStrategy
 from torch.utils.data import DataLoader
 
 from seqssm.backbone import BackboneConfig, MixerSpec
@@ -123,3 +125,10 @@ def test_trains_in_lightning_as_one_pass_does(tmp_path: Path, precision: str) ->
 def test_what_cannot_be_chunked_is_refused_when_the_task_is_built(settings: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         make_task(**settings)
+
+
+def test_a_sharded_strategy_is_refused_before_the_first_step() -> None:
+    task = make_task(chunk_length=8)
+    task._trainer = SimpleNamespace(strategy=FSDPStrategy())
+    with pytest.raises(UserError, match="a sharded strategy has given the weights back"):
+        task.on_fit_start()
