@@ -101,36 +101,37 @@ def history_kernel(
         next_g = load_channels(adjoint + at, mask)
         next_b = load_numbers(numbers, TILE)
         next_read = load_numbers(numbers + TILE // 2, TILE)
-        for _ in tl.range(0, states, loop_unroll_factor=UNROLL):
-            a2, h, g_sum, b, read = next_a2, next_h, next_g, next_b, next_read
-            here = at
-            at += channels
-            numbers += TILE
-            next_a2 = load_channels(A2 + at, mask)
-            next_h = load_channels(history + at, mask)
-            next_g = load_channels(adjoint + at, mask)
-            next_b = load_numbers(numbers, TILE)
-            next_read = load_numbers(numbers + TILE // 2, TILE)
-            before = tl.exp2(a2 * total) * kept
-            decays = ()
-            results = ()
-            for j in tl.static_range(TILE):
-                decay = tl.exp2(steps[j] * a2)
-                if seq_idx is not None:
-                    decay *= keeps[j]
-                decays += (decay,)
-                h = decay * h + drives[j] * b[j]
-                if z is not None:
-                    results += (outputs[j] + h * read[j],)
-            outputs = results
-            if WHOLE:
-                tl.store(after + here, h)
-            else:
-                tl.store(after + here, h, mask=mask & (t + TILE < tokens))
-            g = decays[TILE - 1] * (read[TILE - 1] * grads[TILE - 1])
-            for j in tl.static_range(1, TILE):
-                g = decays[TILE - 1 - j] * (read[TILE - 1 - j] * grads[TILE - 1 - j] + g)
-            tl.store(adjoint + here, before * g + g_sum, mask=mask)
+        for _ in range(0, states, UNROLL):
+            for _ in tl.static_range(UNROLL):
+                a2, h, g_sum, b, read = next_a2, next_h, next_g, next_b, next_read
+                here = at
+                at += channels
+                numbers += TILE
+                next_a2 = load_channels(A2 + at, mask)
+                next_h = load_channels(history + at, mask)
+                next_g = load_channels(adjoint + at, mask)
+                next_b = load_numbers(numbers, TILE)
+                next_read = load_numbers(numbers + TILE // 2, TILE)
+                before = tl.exp2(a2 * total) * kept
+                decays = ()
+                results = ()
+                for j in tl.static_range(TILE):
+                    decay = tl.exp2(steps[j] * a2)
+                    if seq_idx is not None:
+                        decay *= keeps[j]
+                    decays += (decay,)
+                    h = decay * h + drives[j] * b[j]
+                    if z is not None:
+                        results += (outputs[j] + h * read[j],)
+                outputs = results
+                if WHOLE:
+                    tl.store(after + here, h)
+                else:
+                    tl.store(after + here, h, mask=mask & (t + TILE < tokens))
+                g = decays[TILE - 1] * (read[TILE - 1] * grads[TILE - 1])
+                for j in tl.static_range(1, TILE):
+                    g = decays[TILE - 1 - j] * (read[TILE - 1 - j] * grads[TILE - 1 - j] + g)
+                tl.store(adjoint + here, before * g + g_sum, mask=mask)
         for j in tl.static_range(TILE):
             total += steps[j]
             if seq_idx is not None:
@@ -227,50 +228,51 @@ def gradient_kernel(
         next_da = load_channels(dA + at, mask)
         next_b = load_numbers(numbers, TILE)
         next_read = load_numbers(numbers + TILE // 2, TILE)
-        for _ in tl.range(0, states, loop_unroll_factor=UNROLL):
-            h, a2, g, da, b, read = next_h, next_a2, next_g, next_da, next_b, next_read
-            here = at
-            at += channels
-            numbers += TILE
-            next_h = load_channels(tile_history + at, mask)
-            next_a2 = load_channels(A2 + at, mask)
-            next_g = load_channels(adjoint + at, mask)
-            next_da = load_channels(dA + at, mask)
-            next_b = load_numbers(numbers, TILE)
-            next_read = load_numbers(numbers + TILE // 2, TILE)
-            decays = ()
-            decayed = ()
-            dread = ()
-            for j in tl.static_range(TILE):
-                decay = tl.exp2(steps[j] * a2)
-                if seq_idx is not None:
-                    decay *= keeps[j]
-                decays += (decay,)
-                decayed += (decay * h,)
-                h = decayed[j] + drives[j] * b[j]
-                dread += (h * grads[j],)
-            backwards_db = ()
-            backwards_drives = ()
-            backwards_steps = ()
-            for r in tl.static_range(TILE):
-                g += read[TILE - 1 - r] * grads[TILE - 1 - r]
-                backwards_db += (g * drives[TILE - 1 - r],)
-                backwards_drives += (ddrives[TILE - 1 - r] + g * b[TILE - 1 - r],)
-                q = g * decayed[TILE - 1 - r]
-                backwards_steps += (dsteps[TILE - 1 - r] + q * a2,)
-                da += q * steps[TILE - 1 - r]
-                g *= decays[TILE - 1 - r]
-            tl.store(adjoint + here, g, mask=mask)
-            tl.store(dA + here, da, mask=mask)
-            db = ()
-            ddrives = ()
-            dsteps = ()
-            for j in tl.static_range(TILE):
-                db += (backwards_db[TILE - 1 - j],)
-                ddrives += (backwards_drives[TILE - 1 - j],)
-                dsteps += (backwards_steps[TILE - 1 - j],)
-            sum_and_store(db + dread, sums, SUM, SUM_REGISTERS, PACK, 2 * TILE)
-            sums += 2 * TILE
+        for _ in range(0, states, UNROLL):
+            for _ in tl.static_range(UNROLL):
+                h, a2, g, da, b, read = next_h, next_a2, next_g, next_da, next_b, next_read
+                here = at
+                at += channels
+                numbers += TILE
+                next_h = load_channels(tile_history + at, mask)
+                next_a2 = load_channels(A2 + at, mask)
+                next_g = load_channels(adjoint + at, mask)
+                next_da = load_channels(dA + at, mask)
+                next_b = load_numbers(numbers, TILE)
+                next_read = load_numbers(numbers + TILE // 2, TILE)
+                decays = ()
+                decayed = ()
+                dread = ()
+                for j in tl.static_range(TILE):
+                    decay = tl.exp2(steps[j] * a2)
+                    if seq_idx is not None:
+                        decay *= keeps[j]
+                    decays += (decay,)
+                    decayed += (decay * h,)
+                    h = decayed[j] + drives[j] * b[j]
+                    dread += (h * grads[j],)
+                backwards_db = ()
+                backwards_drives = ()
+                backwards_steps = ()
+                for r in tl.static_range(TILE):
+                    g += read[TILE - 1 - r] * grads[TILE - 1 - r]
+                    backwards_db += (g * drives[TILE - 1 - r],)
+                    backwards_drives += (ddrives[TILE - 1 - r] + g * b[TILE - 1 - r],)
+                    q = g * decayed[TILE - 1 - r]
+                    backwards_steps += (dsteps[TILE - 1 - r] + q * a2,)
+                    da += q * steps[TILE - 1 - r]
+                    g *= decays[TILE - 1 - r]
+                tl.store(adjoint + here, g, mask=mask)
+                tl.store(dA + here, da, mask=mask)
+                db = ()
+                ddrives = ()
+                dsteps = ()
+                for j in tl.static_range(TILE):
+                    db += (backwards_db[TILE - 1 - j],)
+                    ddrives += (backwards_drives[TILE - 1 - j],)
+                    dsteps += (backwards_steps[TILE - 1 - j],)
+                sum_and_store(db + dread, sums, SUM, SUM_REGISTERS, PACK, 2 * TILE)
+                sums += 2 * TILE
         # The rows are read again rather than kept: registers are what the loop above is short of. They and those of the
         # next tile are all on their way before the arithmetic and the stores.
         back = tl.where(t > 0, TILE, 0)

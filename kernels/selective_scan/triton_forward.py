@@ -138,26 +138,27 @@ def scan_kernel(
         next_read = ()
         if not SUMMARY:
             next_read = load_numbers(numbers + TILE // 2, TILE)
-        for _ in tl.range(0, states, loop_unroll_factor=UNROLL):
-            a2, h, b, read = next_a2, next_h, next_b, next_read
-            here = carry + at
-            at += channels
-            numbers += TILE
-            next_a2 = load_channels(A2 + at, mask)
-            next_h = load_channels(carry + at, mask)
-            next_b = load_numbers(numbers, TILE)
-            if not SUMMARY:
-                next_read = load_numbers(numbers + TILE // 2, TILE)
-            results = ()
-            for j in tl.static_range(TILE):
-                decay = tl.exp2(steps[j] * a2)
-                if seq_idx is not None:
-                    decay *= keeps[j]
-                h = decay * h + drives[j] * b[j]
+        for _ in range(0, states, UNROLL):
+            for _ in tl.static_range(UNROLL):
+                a2, h, b, read = next_a2, next_h, next_b, next_read
+                here = carry + at
+                at += channels
+                numbers += TILE
+                next_a2 = load_channels(A2 + at, mask)
+                next_h = load_channels(carry + at, mask)
+                next_b = load_numbers(numbers, TILE)
                 if not SUMMARY:
-                    results += (outputs[j] + h * read[j],)
-            outputs = results
-            tl.store(here, h, mask=mask)
+                    next_read = load_numbers(numbers + TILE // 2, TILE)
+                results = ()
+                for j in tl.static_range(TILE):
+                    decay = tl.exp2(steps[j] * a2)
+                    if seq_idx is not None:
+                        decay *= keeps[j]
+                    h = decay * h + drives[j] * b[j]
+                    if not SUMMARY:
+                        results += (outputs[j] + h * read[j],)
+                outputs = results
+                tl.store(here, h, mask=mask)
         if not SUMMARY:
             if z is not None:
                 gated = ()
@@ -234,8 +235,10 @@ def pass_states_kernel(
             tl.store(here + j * size_step, h, mask=inside)
             if saved is not None:
                 if j % SHARE == 0:
-                    tl.store(saved + (s + j).to(tl.int64) // SHARE * size, h, mask=inside)
+                    tl.store(saved + j // SHARE * size, h, mask=inside)
             h = tl.where(totals[j] == float("inf"), 0.0, tl.exp2(a2 * totals[j])) * h + ends[j]
+        if saved is not None:
+            saved += UNROLL // SHARE * size.to(tl.int64)
     if leaving is not None:
         tl.store(leaving + corner, h, mask=mask)
 

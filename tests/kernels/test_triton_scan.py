@@ -14,12 +14,13 @@ from seqssm.kernels import selective_scan, selective_scan_step
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRET, reason="runs in a process of its own: see test_in_the_interpreter")
-TINY = {  # chunks of 8 tokens, segments of 16, tiles of 4
+TINY = {  # chunks of 8 tokens, segments and tiles of 4
     "one-token": ScanCase(l=1, b=2, d=3, n=2, optional=False, state=False),
     "segments": ScanCase(l=19, d=5, n=3),
     "both-directions": ScanCase(l=18, b=2, d=4, n=1, g=2, reverse=(False, True), packed=7),
     "strided": ScanCase(l=9, d=4, n=2, g=2, packed=1, strided=True, reverse=True),
     "channel-blocks": ScanCase(l=5, d=35, n=2),
+    "whole-blocks": ScanCase(l=20, d=32, n=2),
 }
 
 
@@ -38,7 +39,7 @@ def test_in_the_interpreter() -> None:
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles, chunks, segments and slabs so small that a few dozen tokens have several of each."""
     module = importlib.import_module("seqssm.kernels.selective_scan.triton")
-    sizes = {"CHUNK": 8, "_SEGMENT": 16, "_SHORTEST_SEGMENT": 16, "_HISTORY_BYTES": 1, "_TILE": 4, "_BLOCK": 32}
+    sizes = {"CHUNK": 8, "_SEGMENT": 8, "_SHORTEST_SEGMENT": 4, "_HISTORY_BYTES": 1, "_TILE": 4, "_BLOCK": 32}
     for name, value in sizes.items():
         monkeypatch.setattr(module, name, value)
 
