@@ -24,12 +24,14 @@ _ENOUGH_PROGRAMS = 4096
 # Bytes for the states entering each tile: the backward pass takes the length in slabs that fit.
 _HISTORY_BYTES = 256 << 20
 # Registers a thread may have in each kernel, which set how many warps a multiprocessor holds; None leaves it open.
-_SUMMARY_REGISTERS: int | None = None
+_SUMMARY_REGISTERS: int | None = 80
 _SCAN_REGISTERS: int | None = 96
 _HISTORY_REGISTERS: int | None = 168
 _GRADIENT_REGISTERS: int | None = 168
-# States that the forward and the history kernel take together, where their number is a multiple of it.
-_SCAN_UNROLL, _HISTORY_UNROLL = 1, 1
+# States that a kernel takes together, where their number is a multiple of it.
+_SUMMARY_UNROLL, _SCAN_UNROLL, _HISTORY_UNROLL = 2, 1, 1
+# Exponentials of the tokens of a tile that are polynomials instead, in the summaries and in the scan.
+_SUMMARY_ON_FMA, _SCAN_ON_FMA = 0, 0
 # Whether dB and dC of bfloat16 inputs are summed over channels on the tensor cores.
 _TENSOR_CORE_SUMS = True
 
@@ -70,19 +72,20 @@ def forward(
     carry = _float32(b, segments, n, d, like=u, spare=d)
     initial_state = _contiguous32(initial_state)
     whole = l % _TILE == 0 and d // g % block == 0
-    unroll = _SCAN_UNROLL if n % _SCAN_UNROLL == 0 else 1
     with use_device(u):
         packed, tiles = _pack(B, C, 0, l, l, mask, _TILE)
         total_steps = _float32(b, segments, d, like=u)
 
         def scan(segments_to_scan: int, summary: bool) -> None:
+            unroll = _SUMMARY_UNROLL if summary else _SCAN_UNROLL
             scan_kernel[(programs * segments_to_scan,)](
                 u, delta, z, y, packed, A2, D, delta_bias, carry, total_steps, initial_state, final_state,
                 states if save_states and segments == 1 else None, seq_idx,
                 *u.stride(), *delta.stride(), *strides(z, 3), *strides(seq_idx, 2),
                 l, d, d // g, g, n, segment, segments, tiles, mask,
                 SOFTPLUS=delta_softplus, SUMMARY=summary, CARRIED=segments > 1, WHOLE=whole,
-                TILE=_TILE, BLOCK=block, UNROLL=unroll,
+                TILE=_TILE, BLOCK=block, UNROLL=unroll if n % unroll == 0 else 1,
+                ON_FMA=_SUMMARY_ON_FMA if summary else _SCAN_ON_FMA,
                 num_warps=1, maxnreg=_SUMMARY_REGISTERS if summary else _SCAN_REGISTERS,
             )  # fmt: skip
 

@@ -8,9 +8,11 @@ import sys
 import pytest
 import torch
 from cases import SCAN_CASES, ScanCase, assert_accurate, inputs_in, outputs_and_gradients, run
+from ptx import Warp
 from torch import Tensor
 
 from seqssm.kernels import selective_scan, selective_scan_step
+from seqssm.kernels.triton_tiles import sum_and_store_assembly
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRET, reason="runs in a process of its own: see test_in_the_interpreter")
@@ -33,6 +35,24 @@ def test_in_the_interpreter() -> None:
     )
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
     assert " passed" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("count", "pack", "tensor_cores"), [(16, 2, True), (16, 2, False), (16, 1, False), (8, 1, False)]
+)
+def test_assembly_that_sums_over_lanes(count: int, pack: int, tensor_cores: bool) -> None:
+    """The interpreter takes no assembly: run it on a warp in Python."""
+    text, registers = sum_and_store_assembly(count, pack, tensor_cores)
+    values = torch.randn(count, pack, 32, generator=torch.Generator().manual_seed(0))
+    warp = Warp()
+    operands = [*values.flatten(0, 1), *[torch.full((32,), 4096)] * pack]
+    assert registers.count(",") + 1 == pack + len(operands)
+    warp.run(text, [torch.zeros(32)] * pack + operands)
+    stored = torch.tensor([warp.memory[4096 + 4 * i] for i in range(count)])
+    assert len(warp.memory) == count
+    # The tensor cores see 10 bits of the mantissa.
+    tolerance = values.abs().sum((1, 2)) * 2.0**-10 if tensor_cores else torch.full((count,), 1e-5)
+    assert ((stored - values.sum((1, 2))).abs() <= tolerance).all()
 
 
 @pytest.fixture
