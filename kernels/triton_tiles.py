@@ -195,8 +195,8 @@ def sum_and_store_assembly(count: int, pack: int, tensor_cores: bool) -> tuple[s
     It stores by itself so that no value has to keep its place among the lanes: it holds for any layout that has no
     replication. Plainly, a lane hands half of its vectors to its partner at each step and takes over the sums of the
     other half: 31 shuffles for 32 sums, where one sum after another takes 160. With ``tensor_cores`` (16 vectors of two
-    elements) the elements of four lanes are first added by products with ones, in float32 but from inputs cut to 10 bits
-    of mantissa: fine where the sums end as bfloat16.
+    elements) the elements of four lanes are first added by products with ones, in float32 but from inputs cut to 10
+    bits of mantissa: fine where the sums end as bfloat16.
     """
     inputs = [f"${pack + i}" for i in range(count * pack)]
     address = f"${pack + count * pack}"
@@ -261,7 +261,8 @@ def sum_and_store(
         for i in tl.static_range(COUNT):
             tl.store(at + i, tl.sum(values[i]))
     else:
-        tl.inline_asm_elementwise(ASSEMBLY, CONSTRAINTS, values + (at.to(tl.int64),), tl.int32, False, PACK)
+        operands = values + (at.to(tl.int64),)  # noqa: RUF005  (Triton has no starred tuples)
+        tl.inline_asm_elementwise(ASSEMBLY, CONSTRAINTS, operands, tl.int32, False, PACK)
 
 
 def reverse_mask(reverse: Sequence[bool]) -> int:

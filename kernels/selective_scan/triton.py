@@ -23,7 +23,8 @@ _SEGMENT, _SHORTEST_SEGMENT = 256, 64
 _ENOUGH_PROGRAMS = 4096
 # Bytes for the states entering each tile: the backward pass takes the length in slabs that fit.
 _HISTORY_BYTES = 256 << 20
-# Registers a thread may have in each kernel, which set how many warps a multiprocessor holds; None leaves it open.
+# Registers a thread may have in each kernel, which set how many warps a multiprocessor holds; None leaves it open, as
+# resets do in the backward pass, which would spill.
 _SUMMARY_REGISTERS: int | None = 80
 _SCAN_REGISTERS: int | None = 96
 _HISTORY_REGISTERS: int | None = 168
@@ -148,7 +149,7 @@ def backward(
                 l, d, d // g, g, n, first, chunks, count, mask,
                 SOFTPLUS=delta_softplus, WHOLE=whole, CHUNK=CHUNK,
                 TILE=tile, BLOCK=block, UNROLL=_HISTORY_UNROLL if n % _HISTORY_UNROLL == 0 else 1,
-                num_warps=1, maxnreg=_HISTORY_REGISTERS,
+                num_warps=1, maxnreg=_HISTORY_REGISTERS if seq_idx is None else None,
             )  # fmt: skip
             _pass_states(adjoint, total_steps, A2, dstate, dstate, None, count, 1, backward=True)
             gradient_kernel[grid](
@@ -156,7 +157,7 @@ def backward(
                 l, d, d // g, g, n, first, count, int(end < chunks), mask,
                 SOFTPLUS=delta_softplus, WHOLE=whole, CHUNK=CHUNK,
                 TILE=tile, BLOCK=block, UNROLL=1, **_warp_sums(tile, block, B.dtype, C.dtype),
-                num_warps=1, maxnreg=_GRADIENT_REGISTERS,
+                num_warps=1, maxnreg=_GRADIENT_REGISTERS if seq_idx is None else None,
             )  # fmt: skip
             block_t, block_n = _pack_block(count * CHUNK, n)
             unpack_kernel[(b * g * triton.cdiv(count * CHUNK, block_t),)](

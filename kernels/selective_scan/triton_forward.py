@@ -13,8 +13,8 @@ import triton.language as tl
 from seqssm.kernels.triton_tiles import (
     LOG2E,
     exp2_on_fma,
-    load_keeps,
     load_channels,
+    load_keeps,
     load_numbers,
     load_rows,
     locate,
@@ -193,8 +193,8 @@ def pass_states_kernel(
     """Turn ``carry`` (b, segments, n, d) in place from what each segment yields by itself into what enters it.
 
     ``entering``, ``leaving`` (b, d, n) or None: what enters the first segment and leaves the last. ``saved``
-    (b, segments / SHARE, n, d) or None takes what enters every segment number SHARE. BACKWARD goes from the last segment
-    to the first. Memory is read UNROLL segments, of which SHARE is a divisor, ahead of the recurrence.
+    (b, segments / SHARE, n, d) or None takes what enters every SHARE-th segment. BACKWARD goes from the last segment to
+    the first. Memory is read UNROLL segments, of which SHARE is a divisor, ahead of the recurrence.
     """
     size = channels * states
     blocks = tl.cdiv(size, BLOCK)
@@ -237,7 +237,7 @@ def pass_states_kernel(
         for j in tl.static_range(UNROLL):
             inside = mask & (s + j < segments)
             tl.store(here + j * size_step, h, mask=inside)
-            if saved is not None:
+            if saved is not None:  # noqa: SIM102  (the compiler must know this half alone)
                 if j % SHARE == 0:
                     tl.store(saved + j // SHARE * size, h, mask=inside)
             h = tl.where(totals[j] == float("inf"), 0.0, tl.exp2(a2 * totals[j])) * h + ends[j]
