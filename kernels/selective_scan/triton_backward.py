@@ -4,8 +4,8 @@
 
 With g_t the gradient of the state h_t and dY_t that of the ungated output, g_t = C_t dY_t + exp(delta_{t+1} A) g_{t+1}.
 ``history_kernel`` runs each chunk forwards from the saved state, keeps the state that enters every tile, gives dz, and
-sums what the chunk's outputs send back to the state entering it; ``pass_states_kernel`` then gives the g that enters each
-chunk from behind. With both, the chunks are independent: ``gradient_kernel`` takes each one's tiles last to first,
+sums what the chunk's outputs send back to the state entering it; ``pass_states_kernel`` then gives the g that enters
+each chunk from behind. With both, the chunks are independent: ``gradient_kernel`` takes each one's tiles last to first,
 recomputes the states of a tile in registers and sums dB and dC over its channels; ``unpack_kernel`` adds these up over
 the blocks.
 """
