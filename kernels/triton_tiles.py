@@ -121,20 +121,6 @@ def load_keeps(seq_idx, batch, start, length, direction, stride_b, stride_t, cou
 
 
 @triton.jit
-def exp2_on_fma(x):
-    """2**x to 1e-7, of x from -126 to 127 (clamped), without the special function unit: it has a limit of its own."""
-    x = tl.minimum(tl.maximum(x, -126.0), 127.0)
-    rounded = x + 12582912.0  # 1.5 * 2**23: the integer part is in the lowest bits
-    r = x - (rounded - 12582912.0)
-    p = 0.0013257476966828108 * r + 0.009665796533226967
-    p = p * r + 0.05550688877701759
-    p = p * r + 0.24022360146045685
-    p = p * r + 0.6931470632553101
-    p = p * r + 1.0
-    return (p.to(tl.int32, bitcast=True) + (rounded.to(tl.int32, bitcast=True) << 23)).to(tl.float32, bitcast=True)
-
-
-@triton.jit
 def sigmoid(x):
     """1 / (1 + exp(-x)); the square of a reciprocal root, because a division costs four times as much."""
     root = tl.rsqrt(1.0 + tl.exp2(x * -LOG2E))

@@ -27,12 +27,10 @@ _HISTORY_BYTES = 256 << 20
 # resets do in the backward pass, which would spill.
 _SUMMARY_REGISTERS: int | None = 80
 _SCAN_REGISTERS: int | None = 96
-_HISTORY_REGISTERS: int | None = 168
-_GRADIENT_REGISTERS: int | None = 168
+_HISTORY_REGISTERS: int | None = 128
+_GRADIENT_REGISTERS: int | None = None
 # States that a kernel takes together, where their number is a multiple of it.
-_SUMMARY_UNROLL, _SCAN_UNROLL, _HISTORY_UNROLL = 2, 1, 1
-# Exponentials of the tokens of a tile that are polynomials instead, in the summaries and in the scan.
-_SUMMARY_ON_FMA, _SCAN_ON_FMA = 0, 0
+_SUMMARY_UNROLL, _SCAN_UNROLL, _HISTORY_UNROLL = 2, 2, 1
 # Whether dB and dC of bfloat16 inputs are summed over channels on the tensor cores.
 _TENSOR_CORE_SUMS = True
 
@@ -86,7 +84,6 @@ def forward(
                 l, d, d // g, g, n, segment, segments, tiles, mask,
                 SOFTPLUS=delta_softplus, SUMMARY=summary, CARRIED=segments > 1, WHOLE=whole,
                 TILE=_TILE, BLOCK=block, UNROLL=unroll if n % unroll == 0 else 1,
-                ON_FMA=_SUMMARY_ON_FMA if summary else _SCAN_ON_FMA,
                 num_warps=1, maxnreg=_SUMMARY_REGISTERS if summary else _SCAN_REGISTERS,
             )  # fmt: skip
 

@@ -281,7 +281,7 @@ def gradient_kernel(
         inputs = load_rows(u_row, u_step, c * u_c, mask, count, TILE, WHOLE)
         raws = load_rows(delta_row, delta_step, c * delta_c, mask, count, TILE, WHOLE)
         t -= TILE
-        count = tokens - t
+        count = tokens - tl.maximum(t, 0)  # before the first tile its rows are read once more, no further than they go
         u_row -= back * u_step
         delta_row -= back * delta_step
         dy_row -= back * dy_step

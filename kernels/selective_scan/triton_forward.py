@@ -12,7 +12,6 @@ import triton.language as tl
 
 from seqssm.kernels.triton_tiles import (
     LOG2E,
-    exp2_on_fma,
     load_channels,
     load_keeps,
     load_numbers,
@@ -62,7 +61,7 @@ def scan_kernel(
     u_b, u_t, u_c, delta_b, delta_t, delta_c, z_b, z_t, z_c, seq_b, seq_t,
     length, channels, per_group, groups, states, segment_length, segments, tiles, reverse_mask,
     SOFTPLUS: tl.constexpr, SUMMARY: tl.constexpr, CARRIED: tl.constexpr, WHOLE: tl.constexpr,
-    TILE: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr, ON_FMA: tl.constexpr,
+    TILE: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Scan one segment of ``segment_length`` tokens.
 
@@ -70,7 +69,7 @@ def scan_kernel(
     there and writes the sum of the step sizes to ``total_steps`` (b, segments, d), infinite where a reset cuts the past
     off. Else it starts from ``carry`` (from ``initial_state`` unless CARRIED, and then writes it to ``saved`` too) and
     writes y and the final state. ``A2`` (n, d) is A log2(e), transposed. WHOLE says that the length is a multiple of
-    TILE and the channels of a group one of BLOCK. ON_FMA of TILE exponentials are polynomials: both units work.
+    TILE and the channels of a group one of BLOCK.
     """
     if SUMMARY:  # nothing needs the summary of the last segment
         batch, segment, group, _, c, mask = locate(per_group, groups, segments - 1, BLOCK)
@@ -152,10 +151,7 @@ def scan_kernel(
                     next_read = load_numbers(numbers + TILE // 2, TILE)
                 results = ()
                 for j in tl.static_range(TILE):
-                    if j >= TILE - ON_FMA:
-                        decay = exp2_on_fma(steps[j] * a2)
-                    else:
-                        decay = tl.exp2(steps[j] * a2)
+                    decay = tl.exp2(steps[j] * a2)
                     if seq_idx is not None:
                         decay *= keeps[j]
                     h = decay * h + drives[j] * b[j]
