@@ -108,6 +108,39 @@ def load_numbers(pointer, COUNT: tl.constexpr):
 
 
 @triton.jit
+def prefetch(pointers, LEVEL: tl.constexpr):
+    """Ask for the cache lines at 32 ``pointers``, one a lane, long before they are loaded; nothing at LEVEL 0."""
+    if LEVEL == 1:
+        tl.inline_asm_elementwise(
+            "prefetch.global.L1 [$1]; mov.u32 $0, 0;", "=r,l", [pointers.to(tl.int64)], tl.int32, False, 1
+        )
+    if LEVEL == 2:
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers.to(tl.int64)], tl.int32, False, 1
+        )
+
+
+@triton.jit
+def prefetch_rows(
+    pointer, step, stride_c, first, last, per_group_end, TILE: tl.constexpr, BLOCK: tl.constexpr, LEVEL: tl.constexpr
+):  # fmt: skip
+    """``prefetch`` for BLOCK channels from ``first`` of TILE rows from ``pointer``: a row is asked for at 32 / TILE
+    places. Rows after ``last`` and channels from ``per_group_end`` on, which may not exist, become the nearest one."""
+    if LEVEL > 0:
+        lane = tl.arange(0, 32)
+        channel = tl.minimum(first + lane // TILE * (BLOCK * TILE // 32), per_group_end - 1)
+        prefetch(pointer + tl.minimum(lane % TILE, last) * step + channel * stride_c, LEVEL)
+
+
+@triton.jit
+def prefetch_numbers(pointer, size, LEVEL: tl.constexpr):
+    """``prefetch`` for ``size`` int64 from ``pointer`` on, by sectors of 32 bytes."""
+    if LEVEL > 0:
+        for i in range(0, size, 128):
+            prefetch(pointer + tl.minimum(i + tl.arange(0, 32) * 4, size - 1), LEVEL)
+
+
+@triton.jit
 def load_keeps(seq_idx, batch, start, length, direction, stride_b, stride_t, count, TILE: tl.constexpr):
     """TILE scalars: 0.0 where the state is reset before the token, else 1.0."""
     pointer, step = rows(seq_idx, batch, start, length, direction, stride_b, stride_t)

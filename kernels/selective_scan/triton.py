@@ -31,6 +31,8 @@ _HISTORY_REGISTERS: int | None = 128
 _GRADIENT_REGISTERS: int | None = None
 # States that a kernel takes together, where their number is a multiple of it.
 _SUMMARY_UNROLL, _SCAN_UNROLL, _HISTORY_UNROLL = 2, 2, 1
+# The cache into which a tile's memory is brought while the tile before it is computed: 1 or 2, or 0 for none.
+_PREFETCH = 0 if _INTERPRET else 2
 # Whether dB and dC of bfloat16 inputs are summed over channels on the tensor cores.
 _TENSOR_CORE_SUMS = True
 
@@ -83,7 +85,7 @@ def forward(
                 *u.stride(), *delta.stride(), *strides(z, 3), *strides(seq_idx, 2),
                 l, d, d // g, g, n, segment, segments, tiles, mask,
                 SOFTPLUS=delta_softplus, SUMMARY=summary, CARRIED=segments > 1, WHOLE=whole,
-                TILE=_TILE, BLOCK=block, UNROLL=unroll if n % unroll == 0 else 1,
+                TILE=_TILE, BLOCK=block, UNROLL=unroll if n % unroll == 0 else 1, PREFETCH=_PREFETCH,
                 num_warps=1, maxnreg=_SUMMARY_REGISTERS if summary else _SCAN_REGISTERS,
             )  # fmt: skip
 
@@ -146,6 +148,7 @@ def backward(
                 l, d, d // g, g, n, first, chunks, count, mask,
                 SOFTPLUS=delta_softplus, WHOLE=whole, CHUNK=CHUNK,
                 TILE=tile, BLOCK=block, UNROLL=_HISTORY_UNROLL if n % _HISTORY_UNROLL == 0 else 1,
+                PREFETCH=_PREFETCH,
                 num_warps=1, maxnreg=_HISTORY_REGISTERS if seq_idx is None else None,
             )  # fmt: skip
             _pass_states(adjoint, total_steps, A2, dstate, dstate, None, count, 1, backward=True)
@@ -153,7 +156,7 @@ def backward(
                 *inputs, D, delta_bias, history, adjoint, seq_idx, du, ddelta, dpacked, dA, dD, dbias, *all_strides,
                 l, d, d // g, g, n, first, count, int(end < chunks), mask,
                 SOFTPLUS=delta_softplus, WHOLE=whole, CHUNK=CHUNK,
-                TILE=tile, BLOCK=block, UNROLL=1, **_warp_sums(tile, block, B.dtype, C.dtype),
+                TILE=tile, BLOCK=block, UNROLL=1, PREFETCH=_PREFETCH, **_warp_sums(tile, block, B.dtype, C.dtype),
                 num_warps=1, maxnreg=_GRADIENT_REGISTERS if seq_idx is None else None,
             )  # fmt: skip
             block_t, block_n = _pack_block(count * CHUNK, n)
@@ -241,7 +244,9 @@ def _warp_sums(tile: int, block: int, *dtypes: torch.dtype) -> dict[str, str | i
     pack = block // 32
     if _INTERPRET:
         return {"PACK": pack, "SUM": None, "SUM_REGISTERS": None}
-    tensor_cores = _TENSOR_CORE_SUMS and pack == 2 and all(dtype == torch.bfloat16 for dtype in dtypes)
+    tensor_cores = (
+        _TENSOR_CORE_SUMS and (2 * tile, pack) == (16, 2) and all(dtype == torch.bfloat16 for dtype in dtypes)
+    )
     text, registers = sum_and_store_assembly(2 * tile, pack, tensor_cores)
     return {"PACK": pack, "SUM": text, "SUM_REGISTERS": registers}
 

@@ -20,6 +20,9 @@ from seqssm.kernels.triton_tiles import (
     load_numbers,
     load_rows,
     locate,
+    prefetch,
+    prefetch_numbers,
+    prefetch_rows,
     products,
     rows,
     sigmoid,
@@ -37,12 +40,12 @@ def history_kernel(
     u_b, u_t, u_c, delta_b, delta_t, delta_c, z_b, z_t, z_c, dy_b, dy_t, dy_c, seq_b, seq_t,
     length, channels, per_group, groups, states, first_chunk, chunks, slab_chunks, reverse_mask,
     SOFTPLUS: tl.constexpr, WHOLE: tl.constexpr, CHUNK: tl.constexpr,
-    TILE: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
+    TILE: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr, PREFETCH: tl.constexpr,
 ):  # fmt: skip
     """One chunk of CHUNK tokens, forwards: dz (b, l, d), the state entering each tile into ``history`` (b, slab_tiles,
     n, d), the gradient that the chunk gives to the state entering it into ``adjoint`` (b, slab_chunks, n, d), and the
     sum of its step sizes into ``total_steps`` (b, slab_chunks, d), infinite when a reset cuts the past off."""
-    batch, chunk, group, _, c, mask = locate(per_group, groups, slab_chunks, BLOCK)
+    batch, chunk, group, block, c, mask = locate(per_group, groups, slab_chunks, BLOCK)
     if WHOLE:
         mask = None
     direction = 1 - 2 * ((reverse_mask >> group) & 1)
@@ -55,6 +58,8 @@ def history_kernel(
         z_row, z_step = rows(z, batch, begin, length, direction, z_b, z_t)
         dz_row, dz_step = rows(dz, batch, begin, length, direction, length.to(tl.int64) * channels, channels)
     packed += ((batch * groups + group) * slab_chunks + chunk) * CHUNK * states
+    first_channel, end_channel = group * per_group + block * BLOCK, (group + 1) * per_group
+    prefetch_numbers(packed, TILE * states, PREFETCH)
     saved += (batch * chunks + first_chunk + chunk) * states * channels
     history += (batch * slab_chunks + chunk) * (CHUNK // TILE) * states * channels
     adjoint += (batch * slab_chunks + chunk) * states * channels
@@ -76,6 +81,22 @@ def history_kernel(
         grads = load_rows(dy_row, dy_step, c * dy_c, mask, count, TILE, WHOLE)
         if z is not None:
             gates = load_rows(z_row, z_step, c * z_c, mask, count, TILE, WHOLE)
+        # What the next tile is the first to read is asked for a whole tile ahead, as in the forward kernel.
+        if t + TILE < tokens:
+            last = count - TILE - 1
+            prefetch_numbers(packed + (t + TILE) * states, TILE * states, PREFETCH)
+            prefetch_rows(u_row + TILE * u_step, u_step, u_c, first_channel, last, end_channel, TILE, BLOCK, PREFETCH)
+            prefetch_rows(
+                delta_row + TILE * delta_step, delta_step, delta_c, first_channel, last, end_channel,
+                TILE, BLOCK, PREFETCH,
+            )  # fmt: skip
+            prefetch_rows(
+                dy_row + TILE * dy_step, dy_step, dy_c, first_channel, last, end_channel, TILE, BLOCK, PREFETCH
+            )
+            if z is not None:
+                prefetch_rows(
+                    z_row + TILE * z_step, z_step, z_c, first_channel, last, end_channel, TILE, BLOCK, PREFETCH
+                )
         steps = step_sizes(raw_steps, offset, count, SOFTPLUS, TILE, WHOLE)
         inputs = to_float32(inputs, TILE)
         drives = products(inputs, steps, TILE)
@@ -157,7 +178,7 @@ def gradient_kernel(
     u_b, u_t, u_c, delta_b, delta_t, delta_c, z_b, z_t, z_c, dy_b, dy_t, dy_c, seq_b, seq_t,
     length, channels, per_group, groups, states, first_chunk, slab_chunks, accumulate, reverse_mask,
     SOFTPLUS: tl.constexpr, WHOLE: tl.constexpr, CHUNK: tl.constexpr,
-    TILE: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
+    TILE: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr, PREFETCH: tl.constexpr,
     PACK: tl.constexpr, SUM: tl.constexpr, SUM_REGISTERS: tl.constexpr,
 ):  # fmt: skip
     """All gradients of one chunk but dz. ``adjoint`` holds what enters from behind and serves as the running g.
@@ -205,7 +226,33 @@ def gradient_kernel(
     if z is not None:
         z_row, z_step = rows(z, batch, begin + t, length, direction, z_b, z_t)
         raw_gates = load_rows(z_row, z_step, c * z_c, mask, count, TILE, WHOLE)
+    first_channel, end_channel = group * per_group + block * BLOCK, (group + 1) * per_group
     while t >= 0:
+        # What the tile before this one is the first to read is asked for a whole tile ahead; all its rows are there.
+        if t > 0:
+            prefetch_numbers(packed + (t - TILE) * states, TILE * states, PREFETCH)
+            prefetch_rows(
+                u_row - TILE * u_step, u_step, u_c, first_channel, TILE - 1, end_channel, TILE, BLOCK, PREFETCH
+            )
+            prefetch_rows(
+                delta_row - TILE * delta_step, delta_step, delta_c, first_channel, TILE - 1, end_channel,
+                TILE, BLOCK, PREFETCH,
+            )  # fmt: skip
+            prefetch_rows(
+                dy_row - TILE * dy_step, dy_step, dy_c, first_channel, TILE - 1, end_channel, TILE, BLOCK, PREFETCH
+            )
+            if z is not None:
+                prefetch_rows(
+                    z_row - TILE * z_step, z_step, z_c, first_channel, TILE - 1, end_channel, TILE, BLOCK, PREFETCH
+                )
+            if PREFETCH > 0:
+                # The states entering it: 32 / (BLOCK / 8) of them at a time, by sectors of 8 channels.
+                lane = tl.arange(0, 32)
+                channel = tl.minimum(first_channel + lane % (BLOCK // 8) * 8, end_channel - 1)
+                before = history + ((t // TILE) - 1) * states * channels
+                for i in range(0, states, 256 // BLOCK):
+                    state = tl.minimum(i + lane // (BLOCK // 8), states - 1)
+                    prefetch(before + state * channels + channel, PREFETCH)
         steps = step_sizes(raw_steps, offset, count, SOFTPLUS, TILE, WHOLE)
         drives = products(to_float32(raw_inputs, TILE), steps, TILE)
         grads = to_float32(raw_grads, TILE)

@@ -17,6 +17,8 @@ from seqssm.kernels.triton_tiles import (
     load_numbers,
     load_rows,
     locate,
+    prefetch_numbers,
+    prefetch_rows,
     products,
     rows,
     sigmoid,
@@ -61,7 +63,7 @@ def scan_kernel(
     u_b, u_t, u_c, delta_b, delta_t, delta_c, z_b, z_t, z_c, seq_b, seq_t,
     length, channels, per_group, groups, states, segment_length, segments, tiles, reverse_mask,
     SOFTPLUS: tl.constexpr, SUMMARY: tl.constexpr, CARRIED: tl.constexpr, WHOLE: tl.constexpr,
-    TILE: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
+    TILE: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr, PREFETCH: tl.constexpr,
 ):  # fmt: skip
     """Scan one segment of ``segment_length`` tokens.
 
@@ -72,9 +74,9 @@ def scan_kernel(
     TILE and the channels of a group one of BLOCK.
     """
     if SUMMARY:  # nothing needs the summary of the last segment
-        batch, segment, group, _, c, mask = locate(per_group, groups, segments - 1, BLOCK)
+        batch, segment, group, block, c, mask = locate(per_group, groups, segments - 1, BLOCK)
     else:
-        batch, segment, group, _, c, mask = locate(per_group, groups, segments, BLOCK)
+        batch, segment, group, block, c, mask = locate(per_group, groups, segments, BLOCK)
     if WHOLE:
         mask = None
     direction = 1 - 2 * ((reverse_mask >> group) & 1)
@@ -83,6 +85,8 @@ def scan_kernel(
     u_row, u_step = rows(u, batch, begin, length, direction, u_b, u_t)
     delta_row, delta_step = rows(delta, batch, begin, length, direction, delta_b, delta_t)
     packed += ((batch * groups + group) * tiles * TILE + begin) * states
+    first_channel, end_channel = group * per_group + block * BLOCK, (group + 1) * per_group
+    prefetch_numbers(packed, TILE * states, PREFETCH)
     carry += (batch * segments + segment) * states * channels
     offset = tl.zeros([BLOCK], tl.float32)
     if bias is not None:
@@ -114,6 +118,19 @@ def scan_kernel(
         raw_steps = load_rows(delta_row, delta_step, c * delta_c, mask, count, TILE, WHOLE)
         if not SUMMARY and z is not None:
             gates = load_rows(z_row, z_step, c * z_c, mask, count, TILE, WHOLE)
+        # What the next tile is the first to read comes from far away: it is asked for a whole tile ahead.
+        if t + TILE < tokens:
+            last = count - TILE - 1
+            prefetch_numbers(packed + (t + TILE) * states, TILE * states, PREFETCH)
+            prefetch_rows(u_row + TILE * u_step, u_step, u_c, first_channel, last, end_channel, TILE, BLOCK, PREFETCH)
+            prefetch_rows(
+                delta_row + TILE * delta_step, delta_step, delta_c, first_channel, last, end_channel,
+                TILE, BLOCK, PREFETCH,
+            )  # fmt: skip
+            if not SUMMARY and z is not None:
+                prefetch_rows(
+                    z_row + TILE * z_step, z_step, z_c, first_channel, last, end_channel, TILE, BLOCK, PREFETCH
+                )
         inputs = to_float32(inputs, TILE)
         steps = step_sizes(raw_steps, offset, count, SOFTPLUS, TILE, WHOLE)
         drives = products(inputs, steps, TILE)

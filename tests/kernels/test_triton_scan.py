@@ -18,6 +18,7 @@ INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRET, reason="runs in a process of its own: see test_in_the_interpreter")
 TINY = {  # chunks of 8 tokens, segments and tiles of 4
     "one-token": ScanCase(l=1, b=2, d=3, n=2, optional=False, state=False),
+    "one-token-reverse": ScanCase(l=1, d=3, n=2, reverse=True),
     "segments": ScanCase(l=19, d=5, n=3),
     "both-directions": ScanCase(l=18, b=2, d=4, n=1, g=2, reverse=(False, True), packed=7),
     "strided": ScanCase(l=9, d=4, n=2, g=2, packed=1, strided=True, reverse=True),
@@ -38,7 +39,7 @@ def test_in_the_interpreter() -> None:
 
 
 @pytest.mark.parametrize(
-    ("count", "pack", "tensor_cores"), [(16, 2, True), (16, 2, False), (16, 1, False), (8, 1, False)]
+    ("count", "pack", "tensor_cores"), [(16, 2, True), (16, 2, False), (16, 1, False), (8, 1, False), (32, 1, False)]
 )
 def test_assembly_that_sums_over_lanes(count: int, pack: int, tensor_cores: bool) -> None:
     """The interpreter takes no assembly: run it on a warp in Python."""
