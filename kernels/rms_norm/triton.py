@@ -85,8 +85,8 @@ def forward_kernel(x, added, weight, y, total, n, d, eps, BLOCK_R: tl.constexpr,
 def backward_kernel(
     dy, dtotal, total, weight, dx, dadded, dweight, n, d, tiles, eps, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    """``tiles`` tiles of BLOCK_R rows: the gradient of the sum, in two dtypes, and this program's share of the weight's,
-    ``dweight`` (programs, d)."""
+    """``tiles`` tiles of BLOCK_R rows: the gradient of the sum, in two dtypes, and this program's share of that of the
+    weight, ``dweight`` (programs, d)."""
     c = tl.arange(0, BLOCK_D)
     scale = tl.load(weight + c, mask=c < d, other=0.0).to(tl.float32)
     shares = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)

@@ -92,8 +92,14 @@ def backward(
     initial_state: Tensor | None,
     seq_idx: Tensor | None,
     reverse: tuple[bool, ...],
+    dz: Tensor | None = None,
+    y: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of u, delta, A, B, C, D, z, delta_bias and initial_state; slabs of chunks, last to first."""
+    """Gradients of u, delta, A, B, C, D, z, delta_bias and initial_state; slabs of chunks, last to first.
+
+    With z, the gradient of z goes into ``dz``, of any strides, where it is given, and ``y`` (contiguous) takes the
+    output of the forward pass, which is at hand on the way.
+    """
     b, l, d = u.shape
     n = A.shape[1]
     g = B.shape[2]
@@ -103,7 +109,8 @@ def backward(
     slab = max(1, min(chunks, _HISTORY_BYTES // (4 * b * (CHUNK // tile) * n * d)))
     A2 = _transposed_log2(A)
     du, ddelta = (torch.empty(u.shape, dtype=x.dtype, device=u.device) for x in (u, delta))
-    dz = None if z is None else torch.empty(u.shape, dtype=z.dtype, device=u.device)
+    if dz is None and z is not None:
+        dz = torch.empty(u.shape, dtype=z.dtype, device=u.device)
     dB, dC = (torch.empty(B.shape, dtype=x.dtype, device=u.device) for x in (B, C))
     blocks = triton.cdiv(d // g, block)
     history = _float32(b, slab * (CHUNK // tile), n, d, like=u)
@@ -127,7 +134,8 @@ def backward(
             )  # fmt: skip
             _pass_states(adjoint, total_steps, A2, dstate, dstate, count, backward=True)
             gradient_kernel[grid](
-                *inputs, D, delta_bias, history, adjoint, seq_idx, du, ddelta, dz, dpacked, dA, dD, dbias, *all_strides,
+                *inputs, D, delta_bias, history, adjoint, seq_idx, du, ddelta, dz, y, dpacked, dA, dD, dbias,
+                *all_strides, *strides(dz, 3),
                 l, d, d // g, g, n, first, count, int(end < chunks), mask,
                 SOFTPLUS=delta_softplus, CHUNK=CHUNK,
                 TILE=tile, BLOCK=block, **_warp_sums(tile, block), num_warps=1,

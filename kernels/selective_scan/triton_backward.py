@@ -127,8 +127,8 @@ def history_kernel(
 @triton.jit(do_not_specialize=["length", "first_chunk", "slab_chunks", "accumulate", "reverse_mask"])
 def gradient_kernel(
     u, delta, z, dy, packed, A2, D, bias, history, adjoint, seq_idx,
-    du, ddelta, dz, dpacked, dA, dD, dbias,
-    u_b, u_t, u_c, delta_b, delta_t, delta_c, z_b, z_t, z_c, dy_b, dy_t, dy_c, seq_b, seq_t,
+    du, ddelta, dz, y, dpacked, dA, dD, dbias,
+    u_b, u_t, u_c, delta_b, delta_t, delta_c, z_b, z_t, z_c, dy_b, dy_t, dy_c, seq_b, seq_t, dz_b, dz_t, dz_c,
     length, channels, per_group, groups, states, first_chunk, slab_chunks, accumulate, reverse_mask,
     SOFTPLUS: tl.constexpr, CHUNK: tl.constexpr,
     TILE: tl.constexpr, BLOCK: tl.constexpr, PACK: tl.constexpr,
@@ -136,9 +136,10 @@ def gradient_kernel(
 ):  # fmt: skip
     """All gradients of one chunk. ``adjoint`` holds what enters from behind and serves as the running g.
 
-    du, ddelta, dz (b, l, d); ``dpacked`` (b, g, blocks, n, slab_tiles, 2, TILE) takes dB and dC summed over this
-    program's channels; dA (b, slab_chunks, n, d), dD and dbias (b, slab_chunks, d) are this program's shares, on top of
-    what they hold with ``accumulate``.
+    du, ddelta, dz (b, l, d), and y, the output of the forward pass, where it is asked for.
+    ``dpacked`` (b, g, blocks, n, slab_tiles, 2, TILE) takes dB and dC summed over this program's channels; dA
+    (b, slab_chunks, n, d), dD and dbias (b, slab_chunks, d) are this program's shares, on top of what they hold with
+    ``accumulate``.
     """
     batch, chunk, group, block, c, mask = locate(per_group, groups, slab_chunks, BLOCK)
     direction = 1 - 2 * ((reverse_mask >> group) & 1)
@@ -263,17 +264,23 @@ def gradient_kernel(
         if z is not None:
             dy_row, dy_step = rows(dy, batch, begin + t, length, direction, dy_b, dy_t)
             z_row, z_step = rows(z, batch, begin + t, length, direction, z_b, z_t)
-            dz_row, _ = rows(dz, batch, begin + t, length, direction, dense, channels)
+            dz_row, dz_step = rows(dz, batch, begin + t, length, direction, dz_b, dz_t)
+            if y is not None:
+                y_row, _ = rows(y, batch, begin + t, length, direction, dense, channels)
             for j in tl.static_range(TILE):
                 inside = mask & (j < count)
                 gate = tl.load(z_row + c * z_c, mask=inside, other=0.0).to(tl.float32)
                 dout = tl.load(dy_row + c * dy_c, mask=inside, other=0.0).to(tl.float32)
                 s = sigmoid(gate)
-                x = dout * (outputs[j] + skip * inputs[j]) * (s * (1.0 + gate * (1.0 - s)))
-                tl.store(dz_row + c, x.to(dz.dtype.element_ty), mask=inside)
+                out = outputs[j] + skip * inputs[j]
+                x = dout * out * (s * (1.0 + gate * (1.0 - s)))
+                tl.store(dz_row + c * dz_c, x.to(dz.dtype.element_ty), mask=inside)
+                if y is not None:
+                    tl.store(y_row + c, (out * gate * s).to(y.dtype.element_ty), mask=inside)
+                    y_row += out_step
                 z_row += z_step
                 dy_row += dy_step
-                dz_row += out_step
+                dz_row += dz_step
     at = share * channels + c
     more = mask & (accumulate != 0)
     dskip += tl.load(dD + at, mask=more, other=0.0)

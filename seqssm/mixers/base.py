@@ -4,13 +4,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from seqssm.kernels.rms_norm.op import add_rms_norm
+
 State = dict[str, Tensor]
+
+
+class Normed(NamedTuple):
+    """What a mixer's input was made of, detached: the residual stream (b, l, d) before the block's norm.
+
+    It is there anyway, since the norm's own backward pass needs it; the input can be made from it again.
+    """
+
+    residual: Tensor
+    weight: Tensor
+    eps: float
+    backend: str
+
+    def compute(self, dtype: torch.dtype) -> Tensor:
+        return add_rms_norm(self.residual, None, self.weight, self.eps, dtype=dtype, backend=self.backend)[1]
 
 
 class Mixer(nn.Module):
@@ -62,6 +79,24 @@ class Mixer(nn.Module):
     def output(self, x: Tensor, *, seq_idx: Tensor | None = None, reverse: bool = False) -> Tensor:
         """:meth:`forward` from the start, for those who drop the state: a mixer that can skip it does."""
         return self(x, seq_idx=seq_idx, reverse=reverse)[0]
+
+    def recomputes(self, x: Tensor) -> bool:
+        """Whether :meth:`forward_recomputed` is there for inputs on the device of x and of its dtype."""
+        return False
+
+    def forward_recomputed(
+        self, x: Tensor, source: Normed, state: State | None = None, *, seq_idx: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """:meth:`forward` for training in little memory: the backward pass computes again what is cheap to compute.
+
+        Args:
+            x: (b, l, d), the norm of ``source``, from which the backward pass makes it again.
+        """
+        raise NotImplementedError
+
+    def residual_step(self, x: Tensor, norm: nn.Module, state: State) -> Tensor:
+        """x (b, d) + :meth:`step` of its norm (the second result of ``norm``): a subclass may do both at once."""
+        return x + self.step(norm(x)[1], state)
 
     def step(self, x: Tensor, state: State) -> Tensor:
         """Mix one token, x (b, d) -> y (b, d), updating ``state`` in place. For inference: no gradients."""

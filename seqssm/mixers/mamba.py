@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from seqssm.kernels.causal_conv1d.op import causal_conv1d, causal_conv1d_step
 from seqssm.kernels.selective_scan.op import selective_scan, selective_scan_step
+from seqssm.mixers import mamba_layer
 from seqssm.mixers.base import (
     Mixer,
+    Normed,
     State,
     float32_parameter,
     init_dt_bias,
@@ -91,7 +93,17 @@ class Mamba(Mixer):
         if state is not None and x.shape[1] == 1 and not torch.is_grad_enabled():
             state = {key: state[key].clone() for key in self.state_keys}
             return self.step(x[:, 0], state).unsqueeze(1), state
+        if torch.is_grad_enabled() and self.recomputes(x):
+            return mamba_layer.run(self, x, None, state, seq_idx, reverse)
         return _run((self,), x, 1, state, seq_idx, reverse)
+
+    def recomputes(self, x: Tensor) -> bool:
+        return mamba_layer.available(self, x)
+
+    def forward_recomputed(
+        self, x: Tensor, source: Normed, state: State | None = None, *, seq_idx: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        return mamba_layer.run(self, x, source, state, seq_idx, False)
 
     def run_streams(
         self,
@@ -102,6 +114,8 @@ class Mamba(Mixer):
         seq_idx: Tensor | None = None,
         reverse: bool = False,
     ) -> Tensor:
+        if backward is None and strands == 1:
+            return self(x, seq_idx=seq_idx, reverse=reverse)[0]
         mixers = (self,) if backward is None else (self, backward)
         return _run(mixers, x, strands, None, seq_idx, reverse)[0]  # type: ignore[arg-type]
 
