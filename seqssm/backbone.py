@@ -16,9 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from seqssm.directions import NO_STATE, Bidirectional, ReverseComplement
 from seqssm.errors import UserError
-from seqssm.kernels.rms_norm.op import add_rms_norm
 from seqssm.mixers import Mixer, State
-from seqssm.mixers.base import Normed
+from seqssm.mixers.base import Normed, RMSNorm
 
 
 class MixerSpec(TypedDict, total=False):
@@ -102,28 +101,6 @@ class BackboneConfig:
         return result
 
 
-class RMSNorm(nn.Module):
-    """x / rms(x) · weight over the last dimension (Zhang and Sennrich, 2019), computed in float32."""
-
-    def __init__(self, size: int, eps: float, backend: str = "auto") -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-        self.backend = "auto" if backend == "numba" else backend
-
-    def forward(
-        self, x: Tensor, added: Tensor | None = None, *, strands: int = 1, dtype: torch.dtype | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """The sum of the residual stream x (..., strands·d) and ``added``, in x's dtype, and its norm a strand.
-
-        The norm has the dtype asked for, else that of the weight.
-        """
-        if strands > 1:
-            x, added = x.unflatten(-1, (strands, -1)), None if added is None else added.unflatten(-1, (strands, -1))
-        total, y = add_rms_norm(x, added, self.weight, self.eps, dtype=dtype, backend=self.backend)
-        return (total, y) if strands == 1 else (total.flatten(-2), y.flatten(-2))
-
-
 class GatedMLP(nn.Module):
     """SwiGLU: out(silu(gate) · value) (Shazeer, 2020)."""
 
@@ -168,7 +145,7 @@ class Block(nn.Module):
             return x, self.dropout(y), state
         if recompute:
             x = x if added is None else (x + added).to(x.dtype)
-            return checkpoint(  # type: ignore[no-any-return]
+            return checkpoint(
                 self._run, x, None, state, seq_idx,
                 use_reentrant=False, preserve_rng_state=self.dropout.p > 0,
             )  # fmt: skip

@@ -15,6 +15,28 @@ from seqssm.kernels.rms_norm.op import add_rms_norm
 State = dict[str, Tensor]
 
 
+class RMSNorm(nn.Module):
+    """x / rms(x) · weight over the last dimension (Zhang and Sennrich, 2019), computed in float32."""
+
+    def __init__(self, size: int, eps: float, backend: str = "auto") -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+        self.backend = "auto" if backend == "numba" else backend
+
+    def forward(
+        self, x: Tensor, added: Tensor | None = None, *, strands: int = 1, dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The sum of the residual stream x (..., strands·d) and ``added``, in x's dtype, and its norm a strand.
+
+        The norm has the dtype asked for, else that of the weight.
+        """
+        if strands > 1:
+            x, added = x.unflatten(-1, (strands, -1)), None if added is None else added.unflatten(-1, (strands, -1))
+        total, y = add_rms_norm(x, added, self.weight, self.eps, dtype=dtype, backend=self.backend)
+        return (total, y) if strands == 1 else (total.flatten(-2), y.flatten(-2))
+
+
 class Normed(NamedTuple):
     """What a mixer's input was made of, detached: the residual stream (b, l, d) before the block's norm.
 
@@ -94,8 +116,8 @@ class Mixer(nn.Module):
         """
         raise NotImplementedError
 
-    def residual_step(self, x: Tensor, norm: nn.Module, state: State) -> Tensor:
-        """x (b, d) + :meth:`step` of its norm (the second result of ``norm``): a subclass may do both at once."""
+    def residual_step(self, x: Tensor, norm: RMSNorm, state: State) -> Tensor:
+        """x (b, d) + :meth:`step` of its norm: a subclass may do both at once."""
         return x + self.step(norm(x)[1], state)
 
     def step(self, x: Tensor, state: State) -> Tensor:

@@ -17,6 +17,7 @@ from seqssm.mixers import mamba_layer
 from seqssm.mixers.base import (
     Mixer,
     Normed,
+    RMSNorm,
     State,
     float32_parameter,
     init_dt_bias,
@@ -123,7 +124,7 @@ class Mamba(Mixer):
         mixers = (self,) if backward is None else (self, backward)
         return _run(mixers, x, strands, None, seq_idx, reverse)[0]  # type: ignore[arg-type]
 
-    def residual_step(self, x: Tensor, norm: nn.Module, state: State) -> Tensor:
+    def residual_step(self, x: Tensor, norm: RMSNorm, state: State) -> Tensor:
         if x.shape[0] > _MOST_FUSED_STEPS or not mamba_layer.available(self, x):
             return super().residual_step(x, norm, state)
         return mamba_step(

@@ -84,6 +84,7 @@ class Mamba2(Mixer):
         self.A_log = float32_parameter(torch.empty(self.heads).uniform_(*A_init_range).log())
         self.D = float32_parameter(torch.ones(self.heads))
         self.norm = nn.RMSNorm(self.d_inner, eps=norm_eps)
+        self.norm_eps = norm_eps
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias)
 
     def init_state(
@@ -219,6 +220,6 @@ def _normalise(mixers: Sequence[Mamba2], strands: int, y: Tensor) -> Tensor:
     groups = first.ngroups * strands * len(mixers)
     if groups == 1:
         backend = "auto" if first.backend == "numba" else first.backend
-        return add_rms_norm(y, None, weight, first.norm.eps, backend=backend)[1]
+        return add_rms_norm(y, None, weight, first.norm_eps, backend=backend)[1]
     y = y.unflatten(-1, (groups, -1))
     return F.rms_norm(y, y.shape[-1:], None, first.norm.eps).flatten(-2) * weight

@@ -111,10 +111,8 @@ class _Layer(torch.autograd.Function):
             y, final_state, states = scan.forward(
                 *_scan_inputs(settings, inner, weights), True, scan_state, seq_idx, settings.reverse, True
             )
-            out = F.linear(y, _cast(settings, weights.W_out), _cast(settings, weights.b_out))
-        kept = (None,) * 6
-        if residual is None:
-            kept = (x, *inner, y)
+            out = F.linear(y, weights.W_out.to(settings.dtype), _cast(settings, weights.b_out))
+        kept = (x, *inner, y) if residual is None else (None,) * 6
         ctx.save_for_backward(*kept, states, conv_state, scan_state, seq_idx, residual, *parameters)
         # The residual is kept as a saved tensor, which is freed in time.
         source = settings.source
