@@ -51,30 +51,46 @@ def rows(pointer, batch, start, length, direction, stride_b, stride_t):
 
 
 @triton.jit
-def load_rows(pointer, step, offsets, mask, count, TILE: tl.constexpr):
-    """TILE rows as vectors, zeros from row ``count`` on."""
+def load_rows(pointer, step, offsets, mask, count, TILE: tl.constexpr, WHOLE: tl.constexpr = False):
+    """TILE rows as vectors, zeros from row ``count`` on; WHOLE says that all rows and channels are there."""
     tile = ()
     for j in tl.static_range(TILE):
-        tile += (tl.load(pointer + offsets, mask=mask & (j < count), other=0.0),)
+        if WHOLE:
+            tile += (tl.load(pointer + offsets),)
+        else:
+            tile += (tl.load(pointer + offsets, mask=mask & (j < count), other=0.0),)
         pointer += step
     return tile
 
 
 @triton.jit
-def load_tile(pointer, step, offsets, mask, count, TILE: tl.constexpr):
-    """TILE rows as float32 vectors, zeros from row ``count`` on."""
-    tile = ()
-    for j in tl.static_range(TILE):
-        tile += (tl.load(pointer + offsets, mask=mask & (j < count), other=0.0).to(tl.float32),)
-        pointer += step
-    return tile
+def load_channels(pointers, mask):
+    """One value a channel, zero outside the mask if there is one."""
+    if mask is None:
+        value = tl.load(pointers)
+    else:
+        value = tl.load(pointers, mask=mask, other=0.0)
+    return value
 
 
 @triton.jit
-def store_tile(pointer, step, offsets, mask, count, tile, TILE: tl.constexpr):
+def to_float32(tile, TILE: tl.constexpr):
+    """The vectors of a tile as float32."""
+    result = ()
+    for j in tl.static_range(TILE):
+        result += (tile[j].to(tl.float32),)
+    return result
+
+
+@triton.jit
+def store_tile(pointer, step, offsets, mask, count, tile, TILE: tl.constexpr, WHOLE: tl.constexpr):
     """Write the first ``count`` rows of a tile."""
     for j in tl.static_range(TILE):
-        tl.store(pointer + offsets, tile[j].to(pointer.dtype.element_ty), mask=mask & (j < count))
+        value = tile[j].to(pointer.dtype.element_ty)
+        if WHOLE:
+            tl.store(pointer + offsets, value)
+        else:
+            tl.store(pointer + offsets, value, mask=mask & (j < count))
         pointer += step
 
 
@@ -105,6 +121,20 @@ def load_keeps(seq_idx, batch, start, length, direction, stride_b, stride_t, cou
 
 
 @triton.jit
+def exp2_on_fma(x):
+    """2**x to 1e-7, of x from -126 to 127 (clamped), without the special function unit: it has a limit of its own."""
+    x = tl.minimum(tl.maximum(x, -126.0), 127.0)
+    rounded = x + 12582912.0  # 1.5 * 2**23: the integer part is in the lowest bits
+    r = x - (rounded - 12582912.0)
+    p = 0.0013257476966828108 * r + 0.009665796533226967
+    p = p * r + 0.05550688877701759
+    p = p * r + 0.24022360146045685
+    p = p * r + 0.6931470632553101
+    p = p * r + 1.0
+    return (p.to(tl.int32, bitcast=True) + (rounded.to(tl.int32, bitcast=True) << 23)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def sigmoid(x):
     """1 / (1 + exp(-x)); the square of a reciprocal root, because a division costs four times as much."""
     root = tl.rsqrt(1.0 + tl.exp2(x * -LOG2E))
@@ -127,14 +157,16 @@ def softplus(x):
 
 
 @triton.jit
-def step_sizes(raw, bias, count, SOFTPLUS: tl.constexpr, TILE: tl.constexpr):
+def step_sizes(raw, bias, count, SOFTPLUS: tl.constexpr, TILE: tl.constexpr, WHOLE: tl.constexpr):
     """The step sizes of a tile from ``delta``; zero, which leaves a state as it is, from row ``count`` on."""
     steps = ()
     for j in tl.static_range(TILE):
-        step = raw[j] + bias
+        step = raw[j].to(tl.float32) + bias
         if SOFTPLUS:
             step = softplus(step)
-        steps += (tl.where(j < count, step, 0.0),)
+        if not WHOLE:
+            step = tl.where(j < count, step, 0.0)
+        steps += (step,)
     return steps
 
 
@@ -156,75 +188,81 @@ def zeros(TILE: tl.constexpr, BLOCK: tl.constexpr):
     return tile
 
 
-@triton.jit
-def opaque(x, INTERPRET: tl.constexpr):
-    """The integer ``x``, hidden from the compiler: what is computed from it is not kept in registers until then."""
-    if not INTERPRET:
-        x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], tl.int32, False, 1)
-    return x
+def sum_and_store_assembly(count: int, pack: int, tensor_cores: bool) -> tuple[str, str]:
+    """PTX, and its register constraints, that sums ``count`` vectors over the lanes of a warp, with ``pack`` elements
+    in each, and stores the sums as float32 at the address in the last operand.
 
-
-def lane_sum_assembly(log: int, pack: int) -> tuple[str, str]:
-    """PTX, and its register constraints, that sums 2**log vectors over the lanes of a warp with ``pack`` elements each.
-
-    At each step a lane hands half of its vectors to its partner and takes over the sums of the other half: 31 shuffles
-    for 32 sums, where one sum after another takes 160. Lane i ends with the sum of vector i >> (5 - log), in all
-    ``pack`` elements. It uses registers only, so it holds for any layout without replication.
+    It stores by itself so that no value has to keep its place among the lanes: it holds for any layout that has no
+    replication. Plainly, a lane hands half of its vectors to its partner at each step and takes over the sums of the
+    other half: 31 shuffles for 32 sums, where one sum after another takes 160. With ``tensor_cores`` (16 vectors of two
+    elements) the elements of four lanes are first added by products with ones, in float32 but from inputs cut to 10
+    bits of mantissa: fine where the sums end as bfloat16.
     """
-    count = 1 << log
     inputs = [f"${pack + i}" for i in range(count * pack)]
-    text = [f".reg .f32 v<{count}>, w;", ".reg .pred p;", ".reg .u32 lane, bit;", "mov.u32 lane, %laneid;"]
-    for i in range(count):
-        first, *rest = inputs[i * pack : (i + 1) * pack]
-        text.append(f"mov.f32 v{i}, {first};")
-        text += [f"add.f32 v{i}, v{i}, {x};" for x in rest]
-    for level in range(5):
-        offset = 16 >> level
-        if level < log:
-            count //= 2
+    address = f"${pack + count * pack}"
+    log = count.bit_length() - 1
+    text = [f".reg .f32 v<{max(count, 8)}>, w;", ".reg .pred p;", ".reg .u32 lane, bit;", ".reg .u64 at;"]
+    text += ["mov.u32 lane, %laneid;"]
+    if tensor_cores:
+        if (count, pack) != (16, 2):
+            raise ValueError(f"16 vectors of two elements a lane, not {count} of {pack}")
+        text += [".reg .b32 a<4>, one<4>;", "shr.u32 bit, lane, 3;"]
+        for m in range(4):  # row lane / 4 of the left factor, by columns 2 m and 2 m + 1 of ones: to lanes 4 i + m
+            text += [f"setp.eq.u32 p, bit, {m};", f"selp.b32 one{m}, 0x3f800000, 0, p;"]
+        text += [f"mov.f32 v{i}, 0f00000000;" for i in range(8)]
+        for half in range(2):
+            total = ", ".join(f"v{4 * half + i}" for i in range(4))
+            for m in range(4):
+                upper, lower = 8 * half + m, 8 * half + 4 + m
+                elements = [inputs[2 * upper], inputs[2 * lower], inputs[2 * upper + 1], inputs[2 * lower + 1]]
+                text += [f"mov.b32 a{i}, {x};" for i, x in enumerate(elements)]
+                text += [
+                    f"mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {{{total}}}, {{a0, a1, a2, a3}}, "
+                    f"{{one{m}, one{m}}}, {{{total}}};"
+                ]
+        # Every second result repeats the one before it.
+        text += ["mov.f32 v1, v2;", "mov.f32 v2, v4;", "mov.f32 v3, v6;"]
+        left, levels = 4, (16, 8, 4)
+    else:
+        for i in range(count):
+            first, *rest = inputs[i * pack : (i + 1) * pack]
+            text.append(f"mov.f32 v{i}, {first};")
+            text += [f"add.f32 v{i}, v{i}, {x};" for x in rest]
+        left, levels = count, (16, 8, 4, 2, 1)
+    for offset in levels:
+        if left > 1:
+            left //= 2
             text += [f"and.b32 bit, lane, {offset};", "setp.ne.u32 p, bit, 0;"]
-            for i in range(count):
-                low, high = f"v{i}", f"v{i + count}"
+            for i in range(left):
+                low, high = f"v{i}", f"v{i + left}"
                 text += [f"selp.f32 w, {low}, {high}, p;", f"selp.f32 {low}, {high}, {low}, p;"]
                 text += [f"shfl.sync.bfly.b32 w, w, {offset}, 31, -1;", f"add.f32 {low}, {low}, w;"]
         else:
             text += [f"shfl.sync.bfly.b32 w, v0, {offset}, 31, -1;", "add.f32 v0, v0, w;"]
-    text += [f"mov.f32 ${i}, v0;" for i in range(pack)]
-    constraints = ["=f"] * pack + ["f"] * len(inputs)
+    # The number of the vector whose sum this lane holds, and whether it is the one to store it.
+    if tensor_cores:
+        text += ["and.b32 bit, lane, 4;", "setp.eq.u32 p, bit, 0;"]
+        text += ["shr.u32 bit, lane, 3;", "shl.b32 bit, bit, 2;", "and.b32 lane, lane, 3;", "add.u32 bit, bit, lane;"]
+    else:
+        text += [f"and.b32 bit, lane, {(32 >> log) - 1};", "setp.eq.u32 p, bit, 0;", f"shr.u32 bit, lane, {5 - log};"]
+    text += ["mul.wide.u32 at, bit, 4;", f"add.s64 at, at, {address};", "@p st.global.f32 [at], v0;"]
+    text += [f"mov.u32 ${i}, 0;" for i in range(pack)]
+    constraints = ["=r"] * pack + ["f"] * len(inputs) + ["l"] * pack
     return "{ " + " ".join(text) + " }", ",".join(constraints)
 
 
-def lane_number_assembly(pack: int) -> tuple[str, str]:
-    """PTX, and its register constraints, for the lane number in the first of ``pack`` elements, -1 in others."""
-    text = ["mov.u32 $0, %laneid;"] + [f"mov.u32 ${i}, -1;" for i in range(1, pack)]
-    return " ".join(text), ",".join(["=r"] * pack + ["r"] * pack)
-
-
 @triton.jit
-def lane_numbers(ASSEMBLY: tl.constexpr, CONSTRAINTS: tl.constexpr, PACK: tl.constexpr, BLOCK: tl.constexpr):
-    """For one warp, the lane that holds each element (BLOCK,), -1 for all but its first."""
-    if ASSEMBLY is None:
-        number = tl.arange(0, BLOCK)
-        number = tl.where(number < 32, number, -1)
-    else:
-        number = tl.inline_asm_elementwise(ASSEMBLY, CONSTRAINTS, [tl.arange(0, BLOCK)], tl.int32, False, PACK)
-    return number
-
-
-@triton.jit
-def sum_lanes(
-    values, lane, ASSEMBLY: tl.constexpr, CONSTRAINTS: tl.constexpr, PACK: tl.constexpr,
-    COUNT: tl.constexpr, BLOCK: tl.constexpr,
+def sum_and_store(
+    values, at, ASSEMBLY: tl.constexpr, CONSTRAINTS: tl.constexpr, PACK: tl.constexpr, COUNT: tl.constexpr
 ):  # fmt: skip
-    """Sums over the channels of COUNT vectors (BLOCK,), over the lanes of one warp as in ``lane_sum_assembly``; the
-    plain form, without ASSEMBLY, computes the same."""
+    """Store at the scalar pointer ``at`` the sums of COUNT vectors, of one warp, as in ``sum_and_store_assembly``; the
+    plain form, without ASSEMBLY, does the same."""
     if ASSEMBLY is None:
-        result = tl.zeros([BLOCK], tl.float32)
         for i in tl.static_range(COUNT):
-            result = tl.where(lane // (32 // COUNT) == i, tl.sum(values[i]), result)
+            tl.store(at + i, tl.sum(values[i]))
     else:
-        result = tl.inline_asm_elementwise(ASSEMBLY, CONSTRAINTS, values, tl.float32, False, PACK)
-    return result
+        operands = values + (at.to(tl.int64),)  # noqa: RUF005  (Triton has no starred tuples)
+        tl.inline_asm_elementwise(ASSEMBLY, CONSTRAINTS, operands, tl.int32, False, PACK)
 
 
 def reverse_mask(reverse: Sequence[bool]) -> int:

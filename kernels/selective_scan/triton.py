@@ -1,5 +1,6 @@
 """Backend "triton": the selective scan on the GPU; the README derives it and states its cost against the limit."""
 
+import math
 import os
 
 import torch
@@ -9,18 +10,31 @@ from torch import Tensor
 from seqssm.kernels.selective_scan.op import CHUNK
 from seqssm.kernels.selective_scan.triton_backward import gradient_kernel, history_kernel, unpack_kernel
 from seqssm.kernels.selective_scan.triton_forward import pack_kernel, pass_states_kernel, scan_kernel, step_kernel
-from seqssm.kernels.triton_tiles import lane_number_assembly, lane_sum_assembly, reverse_mask, strides, use_device
+from seqssm.kernels.triton_tiles import reverse_mask, strides, sum_and_store_assembly, use_device
 
 _LOG2E = 1.4426950408889634
 _INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 # Tokens of a tile and channels of a warp: fixed, so that no length is ever tuned again.
 _TILE = 8
 _BLOCK = 64
-# Tokens of a forward segment: the most, and, where that many programs would not fill the GPU, the least.
+# Tokens of a forward segment: the most, and, where that many programs would not fill the GPU, the least. Both divide
+# CHUNK, so that the states entering the chunks are among those entering the segments.
 _SEGMENT, _SHORTEST_SEGMENT = 256, 64
 _ENOUGH_PROGRAMS = 4096
 # Bytes for the states entering each tile: the backward pass takes the length in slabs that fit.
 _HISTORY_BYTES = 256 << 20
+# Registers a thread may have in each kernel, which set how many warps a multiprocessor holds; None leaves it open, as
+# resets do in the backward pass, which would spill.
+_SUMMARY_REGISTERS: int | None = 80
+_SCAN_REGISTERS: int | None = 96
+_HISTORY_REGISTERS: int | None = 168
+_GRADIENT_REGISTERS: int | None = 168
+# States that a kernel takes together, where their number is a multiple of it.
+_SUMMARY_UNROLL, _SCAN_UNROLL, _HISTORY_UNROLL = 2, 1, 1
+# Exponentials of the tokens of a tile that are polynomials instead, in the summaries and in the scan.
+_SUMMARY_ON_FMA, _SCAN_ON_FMA = 0, 0
+# Whether dB and dC of bfloat16 inputs are summed over channels on the tensor cores.
+_TENSOR_CORE_SUMS = True
 
 
 def forward(
@@ -38,7 +52,10 @@ def forward(
     reverse: tuple[bool, ...],
     save_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y (b, l, d), the final state (b, d, n) and the states entering every CHUNK tokens (b, chunks, d, n)."""
+    """y (b, l, d), the final state (b, d, n) and the states entering every CHUNK tokens.
+
+    The latter have the shape (b, chunks, d, n) but lie in memory as ``backward`` reads them, (b, chunks, n, d).
+    """
     b, l, d = u.shape
     n = A.shape[1]
     g = B.shape[2]
@@ -53,25 +70,30 @@ def forward(
         segment //= 2
     segments = triton.cdiv(l, segment)
     A2 = _transposed_log2(A)
-    carry = _float32(b, segments, n, d, like=u)
+    carry = _float32(b, segments, n, d, like=u, spare=d)
     initial_state = _contiguous32(initial_state)
+    whole = l % _TILE == 0 and d // g % block == 0
     with use_device(u):
         packed, tiles = _pack(B, C, 0, l, l, mask, _TILE)
         total_steps = _float32(b, segments, d, like=u)
 
         def scan(segments_to_scan: int, summary: bool) -> None:
+            unroll = _SUMMARY_UNROLL if summary else _SCAN_UNROLL
             scan_kernel[(programs * segments_to_scan,)](
                 u, delta, z, y, packed, A2, D, delta_bias, carry, total_steps, initial_state, final_state,
-                states if save_states else None, seq_idx,
+                states if save_states and segments == 1 else None, seq_idx,
                 *u.stride(), *delta.stride(), *strides(z, 3), *strides(seq_idx, 2),
                 l, d, d // g, g, n, segment, segments, tiles, mask,
-                SOFTPLUS=delta_softplus, SUMMARY=summary, CARRIED=segments > 1, CHUNK=CHUNK,
-                TILE=_TILE, BLOCK=block, num_warps=1,
+                SOFTPLUS=delta_softplus, SUMMARY=summary, CARRIED=segments > 1, WHOLE=whole,
+                TILE=_TILE, BLOCK=block, UNROLL=unroll if n % unroll == 0 else 1,
+                ON_FMA=_SUMMARY_ON_FMA if summary else _SCAN_ON_FMA,
+                num_warps=1, maxnreg=_SUMMARY_REGISTERS if summary else _SCAN_REGISTERS,
             )  # fmt: skip
 
         if segments > 1:
             scan(segments - 1, True)
-            _pass_states(carry, total_steps, A2, initial_state, None, segments, backward=False)
+            saved = states if save_states else None
+            _pass_states(carry, total_steps, A2, initial_state, None, saved, segments, CHUNK // segment)
         scan(segments, False)
     return y, final_state, states
 
@@ -105,6 +127,7 @@ def backward(
     g = B.shape[2]
     mask = reverse_mask(reverse)
     tile, block = _TILE, _fit_block(d // g)
+    whole = l % tile == 0 and d // g % block == 0
     chunks = triton.cdiv(l, CHUNK)
     slab = max(1, min(chunks, _HISTORY_BYTES // (4 * b * (CHUNK // tile) * n * d)))
     A2 = _transposed_log2(A)
@@ -113,10 +136,11 @@ def backward(
         dz = torch.empty(u.shape, dtype=z.dtype, device=u.device)
     dB, dC = (torch.empty(B.shape, dtype=x.dtype, device=u.device) for x in (B, C))
     blocks = triton.cdiv(d // g, block)
-    history = _float32(b, slab * (CHUNK // tile), n, d, like=u)
-    adjoint, dA = (_float32(b, slab, n, d, like=u) for _ in range(2))
+    # One tile more: the last tile of a chunk leaves its states behind the chunk's, unread unless another follows.
+    history = _float32(b, slab * (CHUNK // tile) + 1, n, d, like=u, spare=d)
+    adjoint, dA = (_float32(b, slab, n, d, like=u, spare=d) for _ in range(2))
     total_steps, dD, dbias = (_float32(b, slab, d, like=u) for _ in range(3))
-    dpacked = _float32(b, g, blocks, n, slab * (CHUNK // tile), 2, tile, like=u)
+    dpacked = _float32(b, g, blocks, slab * (CHUNK // tile), n, 2, tile, like=u)
     dstate = dfinal_state.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
     with use_device(u):
         # From the last slab to the first, which takes the odd rest: what it adds to is there by then.
@@ -128,17 +152,20 @@ def backward(
             all_strides = (*u.stride(), *delta.stride(), *strides(z, 3), *dy.stride(), *strides(seq_idx, 2))
             grid = (b * count * g * blocks,)
             history_kernel[grid](
-                *inputs, delta_bias, states, history, adjoint, total_steps, seq_idx, *all_strides,
+                *inputs, D, delta_bias, states, history, adjoint, total_steps, seq_idx, dz, y, *all_strides,
+                *strides(dz, 3),
                 l, d, d // g, g, n, first, chunks, count, mask,
-                SOFTPLUS=delta_softplus, CHUNK=CHUNK, TILE=tile, BLOCK=block, num_warps=1,
+                SOFTPLUS=delta_softplus, WHOLE=whole, CHUNK=CHUNK,
+                TILE=tile, BLOCK=block, UNROLL=_HISTORY_UNROLL if n % _HISTORY_UNROLL == 0 else 1,
+                num_warps=1, maxnreg=_HISTORY_REGISTERS if seq_idx is None else None,
             )  # fmt: skip
-            _pass_states(adjoint, total_steps, A2, dstate, dstate, count, backward=True)
+            _pass_states(adjoint, total_steps, A2, dstate, dstate, None, count, 1, backward=True)
             gradient_kernel[grid](
-                *inputs, D, delta_bias, history, adjoint, seq_idx, du, ddelta, dz, y, dpacked, dA, dD, dbias,
-                *all_strides, *strides(dz, 3),
+                *inputs, D, delta_bias, history, adjoint, seq_idx, du, ddelta, dpacked, dA, dD, dbias, *all_strides,
                 l, d, d // g, g, n, first, count, int(end < chunks), mask,
-                SOFTPLUS=delta_softplus, CHUNK=CHUNK,
-                TILE=tile, BLOCK=block, **_warp_sums(tile, block), num_warps=1,
+                SOFTPLUS=delta_softplus, WHOLE=whole, CHUNK=CHUNK,
+                TILE=tile, BLOCK=block, UNROLL=1, **_warp_sums(tile, block, B.dtype, C.dtype),
+                num_warps=1, maxnreg=_GRADIENT_REGISTERS if seq_idx is None else None,
             )  # fmt: skip
             block_t, block_n = _pack_block(count * CHUNK, n)
             unpack_kernel[(b * g * triton.cdiv(count * CHUNK, block_t),)](
@@ -191,14 +218,16 @@ def _pass_states(
     A2: Tensor,
     entering: Tensor | None,
     leaving: Tensor | None,
+    saved: Tensor | None,
     segments: int,
-    backward: bool,
+    share: int,
+    backward: bool = False,
 ) -> None:
     b, _, n, d = carry.shape
     block = 32
     pass_states_kernel[(b * triton.cdiv(n * d, block),)](
-        carry, total_steps, A2, entering, leaving, segments, d, n,
-        BACKWARD=backward, UNROLL=4 if _INTERPRET else 32, BLOCK=block, num_warps=1,
+        carry, total_steps, A2, entering, leaving, saved, segments, d, n,
+        BACKWARD=backward, SHARE=share, UNROLL=4 if _INTERPRET else 32, BLOCK=block, num_warps=1,
     )  # fmt: skip
 
 
@@ -206,10 +235,10 @@ def _pack(
     B: Tensor, C: Tensor, start: int, tokens: int, length: int, reverse_mask: int, tile: int
 ) -> tuple[Tensor, int]:
     """B and C (b, l, g, n) of ``tokens`` tokens from ``start``, in scan order and float32, as pairs in int64
-    (b, g, n, tiles, 2, tile/2); and the number of tiles."""
+    (b, g, tiles, n, 2, tile/2); and the number of tiles."""
     b, _, g, n = B.shape
     tiles = triton.cdiv(tokens, tile)
-    packed = _float32(b, g, n, tiles, 2, tile, like=B)
+    packed = _float32(b, g, tiles, n, 2, tile, like=B, spare=2 * tile)
     block_t, block_n = _pack_block(tokens, n)
     pack_kernel[(b * g * triton.cdiv(tiles * tile, block_t),)](
         B, C, packed, *B.stride(), *C.stride(), start, tiles, length, g, n, reverse_mask,
@@ -218,20 +247,14 @@ def _pack(
     return packed.view(torch.int64), tiles
 
 
-def _warp_sums(tile: int, block: int) -> dict[str, str | int | None]:
+def _warp_sums(tile: int, block: int, *dtypes: torch.dtype) -> dict[str, str | int | None]:
     """The assembly with which ``gradient_kernel`` sums over channels; none in the interpreter, which has no warps."""
     pack = block // 32
     if _INTERPRET:
-        return {"PACK": pack, "SUM": None, "SUM_REGISTERS": None, "LANE": None, "LANE_REGISTERS": None}
-    add, add_registers = lane_sum_assembly((2 * tile).bit_length() - 1, pack)
-    lane, lane_registers = lane_number_assembly(pack)
-    return {
-        "PACK": pack,
-        "SUM": add,
-        "SUM_REGISTERS": add_registers,
-        "LANE": lane,
-        "LANE_REGISTERS": lane_registers,
-    }
+        return {"PACK": pack, "SUM": None, "SUM_REGISTERS": None}
+    tensor_cores = _TENSOR_CORE_SUMS and pack == 2 and all(dtype == torch.bfloat16 for dtype in dtypes)
+    text, registers = sum_and_store_assembly(2 * tile, pack, tensor_cores)
+    return {"PACK": pack, "SUM": text, "SUM_REGISTERS": registers}
 
 
 def _pack_block(tokens: int, states: int) -> tuple[int, int]:
@@ -246,12 +269,15 @@ def _fit_block(channels: int) -> int:
 
 def _transposed_log2(A: Tensor) -> Tensor:
     """A log2(e) as (n, d) float32: the kernels exponentiate to base 2, and read one state of many channels at once."""
-    result = torch.empty(A.shape[::-1], dtype=torch.float32, device=A.device)
+    d, n = A.shape
+    result = _float32(n, d, like=A, spare=d)
     return torch.mul(A.t(), _LOG2E, out=result)
 
 
-def _float32(*shape: int, like: Tensor) -> Tensor:
-    return torch.empty(shape, dtype=torch.float32, device=like.device)
+def _float32(*shape: int, like: Tensor, spare: int = 0) -> Tensor:
+    """Uninitialised, with memory for ``spare`` more numbers behind it: the kernels read one row too many."""
+    size = math.prod(shape)
+    return torch.empty(size + spare, dtype=torch.float32, device=like.device)[:size].view(shape)
 
 
 def _contiguous32(x: Tensor | None) -> Tensor | None:

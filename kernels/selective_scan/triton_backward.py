@@ -3,10 +3,11 @@
 """Triton kernels of the backward selective scan.
 
 With g_t the gradient of the state h_t and dY_t that of the ungated output, g_t = C_t dY_t + exp(delta_{t+1} A) g_{t+1}.
-``history_kernel`` runs each chunk forwards from the saved state, keeps the state that enters every tile, and sums what
-the chunk's outputs send back to the state entering it; ``pass_states_kernel`` then gives the g that enters each chunk
-from behind. With both, the chunks are independent: ``gradient_kernel`` takes each one's tiles last to first, recomputes
-the states of a tile in registers and sums dB and dC over its channels; ``unpack_kernel`` adds these up over the blocks.
+``history_kernel`` runs each chunk forwards from the saved state, keeps the state that enters every tile, gives dz, and
+sums what the chunk's outputs send back to the state entering it; ``pass_states_kernel`` then gives the g that enters
+each chunk from behind. With both, the chunks are independent: ``gradient_kernel`` takes each one's tiles last to first,
+recomputes the states of a tile in registers and sums dB and dC over its channels; ``unpack_kernel`` adds these up over
+the blocks.
 """
 
 import triton
@@ -14,45 +15,37 @@ import triton.language as tl
 
 from seqssm.kernels.triton_tiles import (
     LN2,
-    lane_numbers,
+    load_channels,
     load_keeps,
     load_numbers,
-    load_tile,
+    load_rows,
     locate,
-    opaque,
     products,
     rows,
     sigmoid,
     step_sizes,
-    sum_lanes,
+    store_tile,
+    sum_and_store,
+    to_float32,
     zeros,
 )
 
 
-@triton.jit
-def output_gradients(dy_row, dy_step, dy_c, z_row, z_step, z_c, GATED: tl.constexpr, mask, count, TILE: tl.constexpr):
-    """The gradient of the ungated output for each row of a tile."""
-    grads = load_tile(dy_row, dy_step, dy_c, mask, count, TILE)
-    if GATED:
-        gates = load_tile(z_row, z_step, z_c, mask, count, TILE)
-        passed = ()
-        for j in tl.static_range(TILE):
-            passed += (grads[j] * gates[j] * sigmoid(gates[j]),)
-        grads = passed
-    return grads
-
-
 @triton.jit(do_not_specialize=["length", "first_chunk", "chunks", "slab_chunks", "reverse_mask"])
 def history_kernel(
-    u, delta, z, dy, packed, A2, bias, saved, history, adjoint, total_steps, seq_idx,
+    u, delta, z, dy, packed, A2, D, bias, saved, history, adjoint, total_steps, seq_idx, dz, y,
     u_b, u_t, u_c, delta_b, delta_t, delta_c, z_b, z_t, z_c, dy_b, dy_t, dy_c, seq_b, seq_t,
+    dz_b, dz_t, dz_c,
     length, channels, per_group, groups, states, first_chunk, chunks, slab_chunks, reverse_mask,
-    SOFTPLUS: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+    SOFTPLUS: tl.constexpr, WHOLE: tl.constexpr, CHUNK: tl.constexpr,
+    TILE: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """One chunk of CHUNK tokens, forwards: the state entering each tile into ``history`` (b, slab_tiles, n, d), the
-    gradient that the chunk gives to the state entering it into ``adjoint`` (b, slab_chunks, n, d), and the sum of its
-    step sizes into ``total_steps`` (b, slab_chunks, d), infinite when a reset cuts the past off."""
+    """One chunk of CHUNK tokens, forwards: dz and, if asked for, the forward pass's y (b, l, d), the state entering each tile into ``history`` (b, slab_tiles,
+    n, d), the gradient that the chunk gives to the state entering it into ``adjoint`` (b, slab_chunks, n, d), and the
+    sum of its step sizes into ``total_steps`` (b, slab_chunks, d), infinite when a reset cuts the past off."""
     batch, chunk, group, _, c, mask = locate(per_group, groups, slab_chunks, BLOCK)
+    if WHOLE:
+        mask = None
     direction = 1 - 2 * ((reverse_mask >> group) & 1)
     begin = (first_chunk + chunk) * CHUNK
     tokens = tl.minimum(length - begin, CHUNK)
@@ -61,64 +54,108 @@ def history_kernel(
     dy_row, dy_step = rows(dy, batch, begin, length, direction, dy_b, dy_t)
     if z is not None:
         z_row, z_step = rows(z, batch, begin, length, direction, z_b, z_t)
-    else:
-        z_row, z_step = dy_row, dy_step
-    pairs = slab_chunks.to(tl.int64) * CHUNK
-    packed += (batch * groups + group) * states * pairs + chunk * CHUNK
-    saved += ((batch * chunks + first_chunk + chunk) * channels + c) * states
+        dz_row, dz_step = rows(dz, batch, begin, length, direction, dz_b, dz_t)
+        if y is not None:
+            y_row, y_step = rows(y, batch, begin, length, direction, length.to(tl.int64) * channels, channels)
+    packed += ((batch * groups + group) * slab_chunks + chunk) * CHUNK * states
+    saved += (batch * chunks + first_chunk + chunk) * states * channels
     history += (batch * slab_chunks + chunk) * (CHUNK // TILE) * states * channels
     adjoint += (batch * slab_chunks + chunk) * states * channels
     offset = tl.zeros([BLOCK], tl.float32)
+    skip = tl.zeros([BLOCK], tl.float32)
     if bias is not None:
-        offset = tl.load(bias + c, mask=mask, other=0.0).to(tl.float32)
+        offset = load_channels(bias + c, mask).to(tl.float32)
+    if D is not None:
+        skip = load_channels(D + c, mask).to(tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     kept = tl.full((), 1.0, tl.float32)
     for i in range(states):
-        tl.store(history + i * channels + c, tl.load(saved + i, mask=mask, other=0.0), mask=mask)
+        tl.store(history + i * channels + c, load_channels(saved + i * channels + c, mask), mask=mask)
+        tl.store(adjoint + i * channels + c, tl.zeros([BLOCK], tl.float32), mask=mask)
     for t in range(0, tokens, TILE):
         count = tokens - t
-        steps = step_sizes(
-            load_tile(delta_row, delta_step, c * delta_c, mask, count, TILE), offset, count, SOFTPLUS, TILE
-        )
-        drives = products(load_tile(u_row, u_step, c * u_c, mask, count, TILE), steps, TILE)
-        grads = output_gradients(dy_row, dy_step, c * dy_c, z_row, z_step, c * z_c, z is not None, mask, count, TILE)
+        raw_steps = load_rows(delta_row, delta_step, c * delta_c, mask, count, TILE, WHOLE)
+        inputs = load_rows(u_row, u_step, c * u_c, mask, count, TILE, WHOLE)
+        grads = load_rows(dy_row, dy_step, c * dy_c, mask, count, TILE, WHOLE)
+        if z is not None:
+            gates = load_rows(z_row, z_step, c * z_c, mask, count, TILE, WHOLE)
+        steps = step_sizes(raw_steps, offset, count, SOFTPLUS, TILE, WHOLE)
+        inputs = to_float32(inputs, TILE)
+        drives = products(inputs, steps, TILE)
+        grads = to_float32(grads, TILE)
+        outputs = ()
+        if z is not None:
+            slopes = ()
+            passed = ()
+            for j in tl.static_range(TILE):
+                gate = gates[j].to(tl.float32)
+                s = sigmoid(gate)
+                slopes += (grads[j] * (s * (1.0 + gate * (1.0 - s))),)
+                passed += (grads[j] * gate * s,)
+                outputs += (skip * inputs[j],)
+            grads = passed
         if seq_idx is not None:
             keeps = load_keeps(seq_idx, batch, begin + t, length, direction, seq_b, seq_t, count, TILE)
-        next_a2 = tl.load(A2 + c, mask=mask, other=0.0)
-        next_h = tl.load(history + c, mask=mask, other=0.0)
-        next_g = tl.load(adjoint + c, mask=mask & (t > 0), other=0.0)
-        next_b = load_numbers(packed + t, TILE)
-        next_read = load_numbers(packed + t + TILE // 2, TILE)
-        for i in range(states):
-            a2, h, g_sum, b, read = next_a2, next_h, next_g, next_b, next_read
-            k = tl.minimum(i + 1, states - 1)
-            next_a2 = tl.load(A2 + k * channels + c, mask=mask, other=0.0)
-            next_h = tl.load(history + k * channels + c, mask=mask, other=0.0)
-            next_g = tl.load(adjoint + k * channels + c, mask=mask & (t > 0), other=0.0)
-            next_b = load_numbers(packed + k * pairs + t, TILE)
-            next_read = load_numbers(packed + k * pairs + t + TILE // 2, TILE)
-            before = tl.exp2(a2 * total) * kept
-            decays = ()
-            for j in tl.static_range(TILE):
-                decay = tl.exp2(steps[j] * a2)
-                if seq_idx is not None:
-                    decay *= keeps[j]
-                decays += (decay,)
-                h = decay * h + drives[j] * b[j]
-            tl.store(history + (states + i) * channels + c, h, mask=mask & (t + TILE < tokens))
-            g = decays[TILE - 1] * (read[TILE - 1] * grads[TILE - 1])
-            for j in tl.static_range(1, TILE):
-                g = decays[TILE - 1 - j] * (read[TILE - 1 - j] * grads[TILE - 1 - j] + g)
-            tl.store(adjoint + i * channels + c, before * g + g_sum, mask=mask)
+        # What the next state needs is read ahead, as in the forward kernel.
+        at = c
+        numbers = packed + t * states
+        after = history + states * channels
+        next_a2 = load_channels(A2 + at, mask)
+        next_h = load_channels(history + at, mask)
+        next_g = load_channels(adjoint + at, mask)
+        next_b = load_numbers(numbers, TILE)
+        next_read = load_numbers(numbers + TILE // 2, TILE)
+        for _ in range(0, states, UNROLL):
+            for _ in tl.static_range(UNROLL):
+                a2, h, g_sum, b, read = next_a2, next_h, next_g, next_b, next_read
+                here = at
+                at += channels
+                numbers += TILE
+                next_a2 = load_channels(A2 + at, mask)
+                next_h = load_channels(history + at, mask)
+                next_g = load_channels(adjoint + at, mask)
+                next_b = load_numbers(numbers, TILE)
+                next_read = load_numbers(numbers + TILE // 2, TILE)
+                before = tl.exp2(a2 * total) * kept
+                decays = ()
+                results = ()
+                for j in tl.static_range(TILE):
+                    decay = tl.exp2(steps[j] * a2)
+                    if seq_idx is not None:
+                        decay *= keeps[j]
+                    decays += (decay,)
+                    h = decay * h + drives[j] * b[j]
+                    if z is not None:
+                        results += (outputs[j] + h * read[j],)
+                outputs = results
+                if WHOLE:
+                    tl.store(after + here, h)
+                else:
+                    tl.store(after + here, h, mask=mask & (t + TILE < tokens))
+                g = decays[TILE - 1] * (read[TILE - 1] * grads[TILE - 1])
+                for j in tl.static_range(1, TILE):
+                    g = decays[TILE - 1 - j] * (read[TILE - 1 - j] * grads[TILE - 1 - j] + g)
+                tl.store(adjoint + here, before * g + g_sum, mask=mask)
         for j in tl.static_range(TILE):
             total += steps[j]
             if seq_idx is not None:
                 kept *= keeps[j]
+        if z is not None:
+            store_tile(dz_row, dz_step, c * dz_c, mask, count, products(outputs, slopes, TILE), TILE, WHOLE)
+            if y is not None:  # the gates are read again rather than kept in registers
+                gates = load_rows(z_row, z_step, c * z_c, mask, count, TILE, WHOLE)
+                gated = ()
+                for j in tl.static_range(TILE):
+                    gate = gates[j].to(tl.float32)
+                    gated += (outputs[j] * gate * sigmoid(gate),)
+                store_tile(y_row, y_step, c, mask, count, gated, TILE, WHOLE)
+                y_row += TILE * y_step
+            z_row += TILE * z_step
+            dz_row += TILE * dz_step
         history += states * channels
         u_row += TILE * u_step
         delta_row += TILE * delta_step
         dy_row += TILE * dy_step
-        z_row += TILE * z_step
     if seq_idx is not None:
         total = tl.where(kept == 0.0, float("inf"), total)
     tl.store(total_steps + (batch * slab_chunks + chunk) * channels + c, total, mask=mask)
@@ -127,28 +164,28 @@ def history_kernel(
 @triton.jit(do_not_specialize=["length", "first_chunk", "slab_chunks", "accumulate", "reverse_mask"])
 def gradient_kernel(
     u, delta, z, dy, packed, A2, D, bias, history, adjoint, seq_idx,
-    du, ddelta, dz, y, dpacked, dA, dD, dbias,
-    u_b, u_t, u_c, delta_b, delta_t, delta_c, z_b, z_t, z_c, dy_b, dy_t, dy_c, seq_b, seq_t, dz_b, dz_t, dz_c,
+    du, ddelta, dpacked, dA, dD, dbias,
+    u_b, u_t, u_c, delta_b, delta_t, delta_c, z_b, z_t, z_c, dy_b, dy_t, dy_c, seq_b, seq_t,
     length, channels, per_group, groups, states, first_chunk, slab_chunks, accumulate, reverse_mask,
-    SOFTPLUS: tl.constexpr, CHUNK: tl.constexpr,
-    TILE: tl.constexpr, BLOCK: tl.constexpr, PACK: tl.constexpr,
-    SUM: tl.constexpr, SUM_REGISTERS: tl.constexpr, LANE: tl.constexpr, LANE_REGISTERS: tl.constexpr,
+    SOFTPLUS: tl.constexpr, WHOLE: tl.constexpr, CHUNK: tl.constexpr,
+    TILE: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
+    PACK: tl.constexpr, SUM: tl.constexpr, SUM_REGISTERS: tl.constexpr,
 ):  # fmt: skip
-    """All gradients of one chunk. ``adjoint`` holds what enters from behind and serves as the running g.
+    """All gradients of one chunk but dz. ``adjoint`` holds what enters from behind and serves as the running g.
 
-    du, ddelta, dz (b, l, d), and y, the output of the forward pass, where it is asked for.
-    ``dpacked`` (b, g, blocks, n, slab_tiles, 2, TILE) takes dB and dC summed over this program's channels; dA
-    (b, slab_chunks, n, d), dD and dbias (b, slab_chunks, d) are this program's shares, on top of what they hold with
-    ``accumulate``.
+    du, ddelta (b, l, d); ``dpacked`` (b, g, blocks, slab_tiles, n, 2, TILE) takes dB and dC summed over this program's
+    channels; dA (b, slab_chunks, n, d), dD and dbias (b, slab_chunks, d) are this program's shares, on top of what they
+    hold with ``accumulate``.
     """
     batch, chunk, group, block, c, mask = locate(per_group, groups, slab_chunks, BLOCK)
+    if WHOLE:
+        mask = None
     direction = 1 - 2 * ((reverse_mask >> group) & 1)
     begin = (first_chunk + chunk) * CHUNK
     tokens = tl.minimum(length - begin, CHUNK)
     blocks = tl.cdiv(per_group, BLOCK)
-    pairs = slab_chunks.to(tl.int64) * CHUNK
-    packed += (batch * groups + group) * states * pairs + chunk * CHUNK
-    dpacked += (((batch * groups + group) * blocks + block) * states * pairs + chunk * CHUNK) * 2
+    packed += ((batch * groups + group) * slab_chunks + chunk) * CHUNK * states
+    dpacked += (((batch * groups + group) * blocks + block) * slab_chunks + chunk) * CHUNK * states * 2
     share = batch * slab_chunks + chunk
     history += share * (CHUNK // TILE) * states * channels
     adjoint += share * states * channels
@@ -156,135 +193,139 @@ def gradient_kernel(
     offset = tl.zeros([BLOCK], tl.float32)
     skip = tl.zeros([BLOCK], tl.float32)
     if bias is not None:
-        offset = tl.load(bias + c, mask=mask, other=0.0).to(tl.float32)
+        offset = load_channels(bias + c, mask).to(tl.float32)
     if D is not None:
-        skip = tl.load(D + c, mask=mask, other=0.0).to(tl.float32)
+        skip = load_channels(D + c, mask).to(tl.float32)
     dskip = tl.zeros([BLOCK], tl.float32)
     doffset = tl.zeros([BLOCK], tl.float32)
-    lane = lane_numbers(LANE, LANE_REGISTERS, PACK, BLOCK)
-    sharers: tl.constexpr = 32 // (2 * TILE)
+    if accumulate == 0:
+        for i in range(states):
+            tl.store(dA + i * channels + c, tl.zeros([BLOCK], tl.float32), mask=mask)
     dense = length.to(tl.int64) * channels
-    tiles = tl.cdiv(tokens, TILE)
-    for back in range(tiles):
-        t = (tiles - 1 - back) * TILE
-        count = tokens - t
-        u_row, u_step = rows(u, batch, begin + t, length, direction, u_b, u_t)
-        delta_row, delta_step = rows(delta, batch, begin + t, length, direction, delta_b, delta_t)
-        dy_row, dy_step = rows(dy, batch, begin + t, length, direction, dy_b, dy_t)
+    t = (tl.cdiv(tokens, TILE) - 1) * TILE
+    count = tokens - t
+    u_row, u_step = rows(u, batch, begin + t, length, direction, u_b, u_t)
+    delta_row, delta_step = rows(delta, batch, begin + t, length, direction, delta_b, delta_t)
+    dy_row, dy_step = rows(dy, batch, begin + t, length, direction, dy_b, dy_t)
+    du_row, out_step = rows(du, batch, begin + t, length, direction, dense, channels)
+    ddelta_row, _ = rows(ddelta, batch, begin + t, length, direction, dense, channels)
+    raw_inputs = load_rows(u_row, u_step, c * u_c, mask, count, TILE, WHOLE)
+    raw_steps = load_rows(delta_row, delta_step, c * delta_c, mask, count, TILE, WHOLE)
+    raw_grads = load_rows(dy_row, dy_step, c * dy_c, mask, count, TILE, WHOLE)
+    raw_gates = raw_grads
+    if z is not None:
+        z_row, z_step = rows(z, batch, begin + t, length, direction, z_b, z_t)
+        raw_gates = load_rows(z_row, z_step, c * z_c, mask, count, TILE, WHOLE)
+    while t >= 0:
+        steps = step_sizes(raw_steps, offset, count, SOFTPLUS, TILE, WHOLE)
+        drives = products(to_float32(raw_inputs, TILE), steps, TILE)
+        grads = to_float32(raw_grads, TILE)
         if z is not None:
-            z_row, z_step = rows(z, batch, begin + t, length, direction, z_b, z_t)
-        else:
-            z_row, z_step = dy_row, dy_step
-        steps = step_sizes(
-            load_tile(delta_row, delta_step, c * delta_c, mask, count, TILE), offset, count, SOFTPLUS, TILE
-        )
-        drives = products(load_tile(u_row, u_step, c * u_c, mask, count, TILE), steps, TILE)
-        grads = output_gradients(dy_row, dy_step, c * dy_c, z_row, z_step, c * z_c, z is not None, mask, count, TILE)
+            passed = ()
+            for j in tl.static_range(TILE):
+                gate = raw_gates[j].to(tl.float32)
+                passed += (grads[j] * gate * sigmoid(gate),)
+            grads = passed
         if seq_idx is not None:
             keeps = load_keeps(seq_idx, batch, begin + t, length, direction, seq_b, seq_t, count, TILE)
-        outputs = zeros(TILE, BLOCK)
         ddrives = zeros(TILE, BLOCK)
         dsteps = zeros(TILE, BLOCK)
         tile_history = history + (t // TILE) * states * channels
-        again = mask & ((accumulate != 0) | (back > 0))
-        next_h = tl.load(tile_history + c, mask=mask, other=0.0)
-        next_a2 = tl.load(A2 + c, mask=mask, other=0.0)
-        next_g = tl.load(adjoint + c, mask=mask, other=0.0)
-        next_da = tl.load(dA + c, mask=again, other=0.0)
-        next_b = load_numbers(packed + t, TILE)
-        next_read = load_numbers(packed + t + TILE // 2, TILE)
-        for i in range(states):
-            h, a2, g, da, b, read = next_h, next_a2, next_g, next_da, next_b, next_read
-            k = tl.minimum(i + 1, states - 1)
-            next_h = tl.load(tile_history + k * channels + c, mask=mask, other=0.0)
-            next_a2 = tl.load(A2 + k * channels + c, mask=mask, other=0.0)
-            next_g = tl.load(adjoint + k * channels + c, mask=mask, other=0.0)
-            next_da = tl.load(dA + k * channels + c, mask=again, other=0.0)
-            next_b = load_numbers(packed + k * pairs + t, TILE)
-            next_read = load_numbers(packed + k * pairs + t + TILE // 2, TILE)
-            decays = ()
-            decayed = ()
-            dread = ()
-            results = ()
-            for j in tl.static_range(TILE):
-                decay = tl.exp2(steps[j] * a2)
-                if seq_idx is not None:
-                    decay *= keeps[j]
-                decays += (decay,)
-                decayed += (decay * h,)
-                h = decayed[j] + drives[j] * b[j]
-                results += (outputs[j] + h * read[j],)
-                dread += (h * grads[j],)
-            outputs = results
-            backwards_db = ()
-            backwards_drives = ()
-            backwards_steps = ()
-            for r in tl.static_range(TILE):
-                g += read[TILE - 1 - r] * grads[TILE - 1 - r]
-                backwards_db += (g * drives[TILE - 1 - r],)
-                backwards_drives += (ddrives[TILE - 1 - r] + g * b[TILE - 1 - r],)
-                q = g * decayed[TILE - 1 - r]
-                backwards_steps += (dsteps[TILE - 1 - r] + q * a2,)
-                da += q * steps[TILE - 1 - r]
-                g *= decays[TILE - 1 - r]
-            tl.store(adjoint + i * channels + c, g, mask=mask)
-            tl.store(dA + i * channels + c, da, mask=mask)
-            db = ()
-            ddrives = ()
-            dsteps = ()
-            for j in tl.static_range(TILE):
-                db += (backwards_db[TILE - 1 - j],)
-                ddrives += (backwards_drives[TILE - 1 - j],)
-                dsteps += (backwards_steps[TILE - 1 - j],)
-            sums = sum_lanes(db + dread, lane, SUM, SUM_REGISTERS, PACK, 2 * TILE, BLOCK)
-            at = dpacked + (i * pairs + t) * 2 + lane // sharers
-            tl.store(at, sums, mask=(lane >= 0) & (lane % sharers == 0))
-        # The rows are read again rather than kept: registers are what this kernel is short of.
-        t = opaque(t, SUM is None)
+        at = c
+        numbers = packed + t * states
+        sums = dpacked + t * states * 2
+        next_h = load_channels(tile_history + at, mask)
+        next_a2 = load_channels(A2 + at, mask)
+        next_g = load_channels(adjoint + at, mask)
+        next_da = load_channels(dA + at, mask)
+        next_b = load_numbers(numbers, TILE)
+        next_read = load_numbers(numbers + TILE // 2, TILE)
+        for _ in range(0, states, UNROLL):
+            for _ in tl.static_range(UNROLL):
+                h, a2, g, da, b, read = next_h, next_a2, next_g, next_da, next_b, next_read
+                here = at
+                at += channels
+                numbers += TILE
+                next_h = load_channels(tile_history + at, mask)
+                next_a2 = load_channels(A2 + at, mask)
+                next_g = load_channels(adjoint + at, mask)
+                next_da = load_channels(dA + at, mask)
+                next_b = load_numbers(numbers, TILE)
+                next_read = load_numbers(numbers + TILE // 2, TILE)
+                decays = ()
+                decayed = ()
+                dread = ()
+                for j in tl.static_range(TILE):
+                    decay = tl.exp2(steps[j] * a2)
+                    if seq_idx is not None:
+                        decay *= keeps[j]
+                    decays += (decay,)
+                    decayed += (decay * h,)
+                    h = decayed[j] + drives[j] * b[j]
+                    dread += (h * grads[j],)
+                backwards_db = ()
+                backwards_drives = ()
+                backwards_steps = ()
+                for r in tl.static_range(TILE):
+                    g += read[TILE - 1 - r] * grads[TILE - 1 - r]
+                    backwards_db += (g * drives[TILE - 1 - r],)
+                    backwards_drives += (ddrives[TILE - 1 - r] + g * b[TILE - 1 - r],)
+                    q = g * decayed[TILE - 1 - r]
+                    backwards_steps += (dsteps[TILE - 1 - r] + q * a2,)
+                    da += q * steps[TILE - 1 - r]
+                    g *= decays[TILE - 1 - r]
+                tl.store(adjoint + here, g, mask=mask)
+                tl.store(dA + here, da, mask=mask)
+                db = ()
+                ddrives = ()
+                dsteps = ()
+                for j in tl.static_range(TILE):
+                    db += (backwards_db[TILE - 1 - j],)
+                    ddrives += (backwards_drives[TILE - 1 - j],)
+                    dsteps += (backwards_steps[TILE - 1 - j],)
+                sum_and_store(db + dread, sums, SUM, SUM_REGISTERS, PACK, 2 * TILE)
+                sums += 2 * TILE
+        # The rows are read again rather than kept: registers are what the loop above is short of. They and those of the
+        # next tile are all on their way before the arithmetic and the stores.
+        back = tl.where(t > 0, TILE, 0)
+        this_count = count
+        inputs = load_rows(u_row, u_step, c * u_c, mask, count, TILE, WHOLE)
+        raws = load_rows(delta_row, delta_step, c * delta_c, mask, count, TILE, WHOLE)
+        t -= TILE
         count = tokens - t
-        u_row, u_step = rows(u, batch, begin + t, length, direction, u_b, u_t)
-        delta_row, delta_step = rows(delta, batch, begin + t, length, direction, delta_b, delta_t)
-        du_row, out_step = rows(du, batch, begin + t, length, direction, dense, channels)
-        ddelta_row, _ = rows(ddelta, batch, begin + t, length, direction, dense, channels)
-        inputs = load_tile(u_row, u_step, c * u_c, mask, count, TILE)
+        u_row -= back * u_step
+        delta_row -= back * delta_step
+        dy_row -= back * dy_step
+        raw_inputs = load_rows(u_row, u_step, c * u_c, mask, count, TILE, WHOLE)
+        raw_steps = load_rows(delta_row, delta_step, c * delta_c, mask, count, TILE, WHOLE)
+        raw_grads = load_rows(dy_row, dy_step, c * dy_c, mask, count, TILE, WHOLE)
+        raw_gates = raw_grads
+        if z is not None:
+            z_row -= back * z_step
+            raw_gates = load_rows(z_row, z_step, c * z_c, mask, count, TILE, WHOLE)
+        inputs = to_float32(inputs, TILE)
+        dinputs = ()
+        draws = ()
         for j in tl.static_range(TILE):
-            inside = mask & (j < count)
-            raw = tl.load(delta_row + c * delta_c, mask=inside, other=0.0).to(tl.float32)
-            x = steps[j] * ddrives[j] + skip * grads[j]
-            tl.store(du_row + c, x.to(du.dtype.element_ty), mask=inside)
+            dinputs += (steps[j] * ddrives[j] + skip * grads[j],)
             x = dsteps[j] * LN2 + inputs[j] * ddrives[j]
             if SOFTPLUS:
-                x *= sigmoid(raw + offset)
-            tl.store(ddelta_row + c, x.to(ddelta.dtype.element_ty), mask=inside)
-            doffset += tl.where(j < count, x, 0.0)
+                x *= sigmoid(raws[j].to(tl.float32) + offset)
+            draws += (x,)
+            if WHOLE:
+                doffset += x
+            else:
+                doffset += tl.where(j < this_count, x, 0.0)
             dskip += grads[j] * inputs[j]
-            delta_row += delta_step
-            du_row += out_step
-            ddelta_row += out_step
-        if z is not None:
-            dy_row, dy_step = rows(dy, batch, begin + t, length, direction, dy_b, dy_t)
-            z_row, z_step = rows(z, batch, begin + t, length, direction, z_b, z_t)
-            dz_row, dz_step = rows(dz, batch, begin + t, length, direction, dz_b, dz_t)
-            if y is not None:
-                y_row, _ = rows(y, batch, begin + t, length, direction, dense, channels)
-            for j in tl.static_range(TILE):
-                inside = mask & (j < count)
-                gate = tl.load(z_row + c * z_c, mask=inside, other=0.0).to(tl.float32)
-                dout = tl.load(dy_row + c * dy_c, mask=inside, other=0.0).to(tl.float32)
-                s = sigmoid(gate)
-                out = outputs[j] + skip * inputs[j]
-                x = dout * out * (s * (1.0 + gate * (1.0 - s)))
-                tl.store(dz_row + c * dz_c, x.to(dz.dtype.element_ty), mask=inside)
-                if y is not None:
-                    tl.store(y_row + c, (out * gate * s).to(y.dtype.element_ty), mask=inside)
-                    y_row += out_step
-                z_row += z_step
-                dy_row += dy_step
-                dz_row += dz_step
+        store_tile(du_row, out_step, c, mask, this_count, dinputs, TILE, WHOLE)
+        store_tile(ddelta_row, out_step, c, mask, this_count, draws, TILE, WHOLE)
+        du_row -= TILE * out_step
+        ddelta_row -= TILE * out_step
     at = share * channels + c
-    more = mask & (accumulate != 0)
-    dskip += tl.load(dD + at, mask=more, other=0.0)
-    doffset += tl.load(dbias + at, mask=more, other=0.0)
+    more = accumulate != 0
+    if more:
+        dskip += load_channels(dD + at, mask)
+        doffset += load_channels(dbias + at, mask)
     tl.store(dD + at, dskip, mask=mask)
     tl.store(dbias + at, doffset, mask=mask)
 
@@ -304,11 +345,11 @@ def unpack_kernel(
     token = tl.where(((reverse_mask >> group) & 1) != 0, length - 1 - time, time).to(tl.int64)
     size = states * tiles.to(tl.int64) * (2 * TILE)
     dpacked += (batch * groups + group) * blocks * size
-    offset = t // TILE * (2 * TILE) + t % TILE
+    offset = (t // TILE).to(tl.int64) * (states * 2 * TILE) + t % TILE
     for n0 in range(0, states, BLOCK_N):
         n = n0 + tl.arange(0, BLOCK_N)
         inside = ((time < length) & (t < tiles * TILE))[:, None] & (n < states)[None, :]
-        at = dpacked + offset[:, None] + n.to(tl.int64)[None, :] * (tiles * 2 * TILE)
+        at = dpacked + offset[:, None] + n[None, :] * (2 * TILE)
         db = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
         dc = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
         for _ in range(blocks):

@@ -12,9 +12,11 @@ import triton.language as tl
 
 from seqssm.kernels.triton_tiles import (
     LOG2E,
+    exp2_on_fma,
+    load_channels,
     load_keeps,
     load_numbers,
-    load_tile,
+    load_rows,
     locate,
     products,
     rows,
@@ -22,6 +24,7 @@ from seqssm.kernels.triton_tiles import (
     softplus,
     step_sizes,
     store_tile,
+    to_float32,
 )
 
 
@@ -32,7 +35,7 @@ def pack_kernel(
     start, tiles, length, groups, states, reverse_mask,
     TILE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """B and C (b, l, g, n) from scan time ``start`` to float32 packed (b, g, n, tiles, 2, TILE), zeros past the end."""
+    """B and C (b, l, g, n) from scan time ``start`` to float32 packed (b, g, tiles, n, 2, TILE), zeros past the end."""
     blocks = tl.cdiv(tiles * TILE, BLOCK_T)
     pid = tl.program_id(0)
     group = (pid // blocks) % groups
@@ -40,12 +43,13 @@ def pack_kernel(
     t = (pid % blocks) * BLOCK_T + tl.arange(0, BLOCK_T)
     time = start + t
     token = tl.where(((reverse_mask >> group) & 1) != 0, length - 1 - time, time).to(tl.int64)
-    out = packed + (batch * groups + group) * states * tiles * (2 * TILE) + t // TILE * (2 * TILE) + t % TILE
+    tile = ((batch * groups + group) * tiles + t // TILE).to(tl.int64)
+    out = packed + tile * (states * 2 * TILE) + t % TILE
     for n0 in range(0, states, BLOCK_N):
         n = n0 + tl.arange(0, BLOCK_N)
         inside = (time < length)[:, None] & (n < states)[None, :]
         written = (t < tiles * TILE)[:, None] & (n < states)[None, :]
-        at = out[:, None] + n.to(tl.int64)[None, :] * (tiles * 2 * TILE)
+        at = out[:, None] + n[None, :] * (2 * TILE)
         x = tl.load(B + batch * B_b + group * B_g + token[:, None] * B_t + n[None, :] * B_n, mask=inside, other=0.0)
         tl.store(at, x.to(tl.float32), mask=written)
         x = tl.load(C + batch * C_b + group * C_g + token[:, None] * C_t + n[None, :] * C_n, mask=inside, other=0.0)
@@ -57,32 +61,33 @@ def scan_kernel(
     u, delta, z, y, packed, A2, D, bias, carry, total_steps, initial_state, final_state, saved, seq_idx,
     u_b, u_t, u_c, delta_b, delta_t, delta_c, z_b, z_t, z_c, seq_b, seq_t,
     length, channels, per_group, groups, states, segment_length, segments, tiles, reverse_mask,
-    SOFTPLUS: tl.constexpr, SUMMARY: tl.constexpr, CARRIED: tl.constexpr, CHUNK: tl.constexpr,
-    TILE: tl.constexpr, BLOCK: tl.constexpr,
+    SOFTPLUS: tl.constexpr, SUMMARY: tl.constexpr, CARRIED: tl.constexpr, WHOLE: tl.constexpr,
+    TILE: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr, ON_FMA: tl.constexpr,
 ):  # fmt: skip
     """Scan one segment of ``segment_length`` tokens.
 
     ``carry`` (b, segments, n, d) holds the running state. With SUMMARY the scan starts from zero, leaves the end state
     there and writes the sum of the step sizes to ``total_steps`` (b, segments, d), infinite where a reset cuts the past
-    off. Else it starts from ``carry`` (from ``initial_state`` unless CARRIED), writes y, the final state, and into
-    ``saved`` (b, chunks, d, n) the state entering every CHUNK tokens. ``A2`` (n, d) is A log2(e), transposed.
+    off. Else it starts from ``carry`` (from ``initial_state`` unless CARRIED, and then writes it to ``saved`` too) and
+    writes y and the final state. ``A2`` (n, d) is A log2(e), transposed. WHOLE says that the length is a multiple of
+    TILE and the channels of a group one of BLOCK. ON_FMA of TILE exponentials are polynomials: both units work.
     """
     if SUMMARY:  # nothing needs the summary of the last segment
         batch, segment, group, _, c, mask = locate(per_group, groups, segments - 1, BLOCK)
     else:
         batch, segment, group, _, c, mask = locate(per_group, groups, segments, BLOCK)
+    if WHOLE:
+        mask = None
     direction = 1 - 2 * ((reverse_mask >> group) & 1)
     begin = segment * segment_length
     tokens = tl.minimum(length - begin, segment_length)
     u_row, u_step = rows(u, batch, begin, length, direction, u_b, u_t)
     delta_row, delta_step = rows(delta, batch, begin, length, direction, delta_b, delta_t)
-    pairs = tiles.to(tl.int64) * TILE
-    packed += (batch * groups + group) * states * pairs + begin
+    packed += ((batch * groups + group) * tiles * TILE + begin) * states
     carry += (batch * segments + segment) * states * channels
-    chunks = tl.cdiv(length, CHUNK)
     offset = tl.zeros([BLOCK], tl.float32)
     if bias is not None:
-        offset = tl.load(bias + c, mask=mask, other=0.0).to(tl.float32)
+        offset = load_channels(bias + c, mask).to(tl.float32)
     if SUMMARY:
         total = tl.zeros([BLOCK], tl.float32)
         kept = tl.full((), 1.0, tl.float32)
@@ -92,19 +97,26 @@ def scan_kernel(
             z_row, z_step = rows(z, batch, begin, length, direction, z_b, z_t)
         skip = tl.zeros([BLOCK], tl.float32)
         if D is not None:
-            skip = tl.load(D + c, mask=mask, other=0.0).to(tl.float32)
-    if not SUMMARY and not CARRIED:
+            skip = load_channels(D + c, mask).to(tl.float32)
+    if SUMMARY:
+        for i in range(states):
+            tl.store(carry + i * channels + c, tl.zeros([BLOCK], tl.float32), mask=mask)
+    elif not CARRIED:
         for i in range(states):
             h = tl.zeros([BLOCK], tl.float32)
             if initial_state is not None:
-                h = tl.load(initial_state + (batch * channels + c) * states + i, mask=mask, other=0.0)
+                h = load_channels(initial_state + (batch * channels + c) * states + i, mask)
             tl.store(carry + i * channels + c, h, mask=mask)
+            if saved is not None:
+                tl.store(saved + (batch * states + i) * channels + c, h, mask=mask)
     for t in range(0, tokens, TILE):
         count = tokens - t
-        inputs = load_tile(u_row, u_step, c * u_c, mask, count, TILE)
-        steps = step_sizes(
-            load_tile(delta_row, delta_step, c * delta_c, mask, count, TILE), offset, count, SOFTPLUS, TILE
-        )
+        inputs = load_rows(u_row, u_step, c * u_c, mask, count, TILE, WHOLE)
+        raw_steps = load_rows(delta_row, delta_step, c * delta_c, mask, count, TILE, WHOLE)
+        if not SUMMARY and z is not None:
+            gates = load_rows(z_row, z_step, c * z_c, mask, count, TILE, WHOLE)
+        inputs = to_float32(inputs, TILE)
+        steps = step_sizes(raw_steps, offset, count, SOFTPLUS, TILE, WHOLE)
         drives = products(inputs, steps, TILE)
         if seq_idx is not None:
             keeps = load_keeps(seq_idx, batch, begin + t, length, direction, seq_b, seq_t, count, TILE)
@@ -117,46 +129,49 @@ def scan_kernel(
         else:
             for j in tl.static_range(TILE):
                 outputs += (skip * inputs[j],)
-        if not SUMMARY and saved is not None:  # noqa: SIM102  (the compiler must know this half alone)
-            if (begin + t) % CHUNK == 0:
-                chunk = batch * chunks + (begin + t) // CHUNK
-                for i in range(states):
-                    h = tl.load(carry + i * channels + c, mask=mask)
-                    tl.store(saved + (chunk * channels + c) * states + i, h, mask=mask)
-        # What the next state needs is read before this one is computed: the arithmetic hides the memory.
-        next_a2 = tl.load(A2 + c, mask=mask, other=0.0)
-        next_h = tl.load(carry + c, mask=mask & ((not SUMMARY) | (t > 0)), other=0.0)
-        next_b = load_numbers(packed + t, TILE)
+        # What the next state needs is read before this one is computed: the arithmetic hides the memory. After the last
+        # state this reads past it: into the next tile, or into what the launcher has left there.
+        at = c
+        numbers = packed + t * states
+        next_a2 = load_channels(A2 + at, mask)
+        next_h = load_channels(carry + at, mask)
+        next_b = load_numbers(numbers, TILE)
         next_read = ()
         if not SUMMARY:
-            next_read = load_numbers(packed + t + TILE // 2, TILE)
-        for i in range(states):
-            a2, h, b, read = next_a2, next_h, next_b, next_read
-            k = tl.minimum(i + 1, states - 1)
-            next_a2 = tl.load(A2 + k * channels + c, mask=mask, other=0.0)
-            next_h = tl.load(carry + k * channels + c, mask=mask & ((not SUMMARY) | (t > 0)), other=0.0)
-            next_b = load_numbers(packed + k * pairs + t, TILE)
-            if not SUMMARY:
-                next_read = load_numbers(packed + k * pairs + t + TILE // 2, TILE)
-            results = ()
-            for j in tl.static_range(TILE):
-                decay = tl.exp2(steps[j] * a2)
-                if seq_idx is not None:
-                    decay *= keeps[j]
-                h = decay * h + drives[j] * b[j]
+            next_read = load_numbers(numbers + TILE // 2, TILE)
+        for _ in range(0, states, UNROLL):
+            for _ in tl.static_range(UNROLL):
+                a2, h, b, read = next_a2, next_h, next_b, next_read
+                here = carry + at
+                at += channels
+                numbers += TILE
+                next_a2 = load_channels(A2 + at, mask)
+                next_h = load_channels(carry + at, mask)
+                next_b = load_numbers(numbers, TILE)
                 if not SUMMARY:
-                    results += (outputs[j] + h * read[j],)
-            outputs = results
-            tl.store(carry + i * channels + c, h, mask=mask)
+                    next_read = load_numbers(numbers + TILE // 2, TILE)
+                results = ()
+                for j in tl.static_range(TILE):
+                    if j >= TILE - ON_FMA:
+                        decay = exp2_on_fma(steps[j] * a2)
+                    else:
+                        decay = tl.exp2(steps[j] * a2)
+                    if seq_idx is not None:
+                        decay *= keeps[j]
+                    h = decay * h + drives[j] * b[j]
+                    if not SUMMARY:
+                        results += (outputs[j] + h * read[j],)
+                outputs = results
+                tl.store(here, h, mask=mask)
         if not SUMMARY:
             if z is not None:
-                gates = load_tile(z_row, z_step, c * z_c, mask, count, TILE)
                 gated = ()
                 for j in tl.static_range(TILE):
-                    gated += (outputs[j] * gates[j] * sigmoid(gates[j]),)
+                    gate = gates[j].to(tl.float32)
+                    gated += (outputs[j] * gate * sigmoid(gate),)
                 outputs = gated
                 z_row += TILE * z_step
-            store_tile(y_row, y_step, c, mask, count, outputs, TILE)
+            store_tile(y_row, y_step, c, mask, count, outputs, TILE, WHOLE)
             y_row += TILE * y_step
         u_row += TILE * u_step
         delta_row += TILE * delta_step
@@ -166,19 +181,20 @@ def scan_kernel(
         tl.store(total_steps + (batch * segments + segment) * channels + c, total, mask=mask)
     elif segment == segments - 1:
         for i in range(states):
-            h = tl.load(carry + i * channels + c, mask=mask)
+            h = load_channels(carry + i * channels + c, mask)
             tl.store(final_state + (batch * channels + c) * states + i, h, mask=mask)
 
 
 @triton.jit(do_not_specialize=["segments"])
 def pass_states_kernel(
-    carry, total_steps, A2, entering, leaving, segments, channels, states,
-    BACKWARD: tl.constexpr, UNROLL: tl.constexpr, BLOCK: tl.constexpr,
+    carry, total_steps, A2, entering, leaving, saved, segments, channels, states,
+    BACKWARD: tl.constexpr, SHARE: tl.constexpr, UNROLL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Turn ``carry`` (b, segments, n, d) in place from what each segment yields by itself into what enters it.
 
-    ``entering``, ``leaving`` (b, d, n) or None: what enters the first segment and leaves the last. BACKWARD goes from
-    the last segment to the first. Memory is read UNROLL segments ahead of the recurrence.
+    ``entering``, ``leaving`` (b, d, n) or None: what enters the first segment and leaves the last. ``saved``
+    (b, segments / SHARE, n, d) or None takes what enters every SHARE-th segment. BACKWARD goes from the last segment to
+    the first. Memory is read UNROLL segments, of which SHARE is a divisor, ahead of the recurrence.
     """
     size = channels * states
     blocks = tl.cdiv(size, BLOCK)
@@ -199,18 +215,34 @@ def pass_states_kernel(
         carry += (segments - 1).to(tl.int64) * size
         total_steps += (segments - 1).to(tl.int64) * channels
         size_step, channel_step = -size, -channels
+    if saved is not None:
+        saved += batch * tl.cdiv(segments, SHARE) * size + lane
+    next_ends = ()
+    next_totals = ()
+    for j in tl.static_range(UNROLL):
+        inside = mask & (j < segments)
+        next_ends += (tl.load(carry + j * size_step, mask=inside, other=0.0),)
+        next_totals += (tl.load(total_steps + j * channel_step, mask=inside, other=0.0),)
     for s in range(0, segments, UNROLL):
-        ends = ()
-        totals = ()
-        for j in tl.static_range(UNROLL):
-            inside = mask & (s + j < segments)
-            ends += (tl.load(carry + j * size_step, mask=inside, other=0.0),)
-            totals += (tl.load(total_steps + j * channel_step, mask=inside, other=0.0),)
-        for j in tl.static_range(UNROLL):
-            tl.store(carry + j * size_step, h, mask=mask & (s + j < segments))
-            h = tl.where(totals[j] == float("inf"), 0.0, tl.exp2(a2 * totals[j])) * h + ends[j]
+        ends, totals = next_ends, next_totals
+        here = carry
         carry += UNROLL * size_step.to(tl.int64)
         total_steps += UNROLL * channel_step.to(tl.int64)
+        next_ends = ()
+        next_totals = ()
+        for j in tl.static_range(UNROLL):
+            inside = mask & (s + UNROLL + j < segments)
+            next_ends += (tl.load(carry + j * size_step, mask=inside, other=0.0),)
+            next_totals += (tl.load(total_steps + j * channel_step, mask=inside, other=0.0),)
+        for j in tl.static_range(UNROLL):
+            inside = mask & (s + j < segments)
+            tl.store(here + j * size_step, h, mask=inside)
+            if saved is not None:  # noqa: SIM102  (the compiler must know this half alone)
+                if j % SHARE == 0:
+                    tl.store(saved + j // SHARE * size, h, mask=inside)
+            h = tl.where(totals[j] == float("inf"), 0.0, tl.exp2(a2 * totals[j])) * h + ends[j]
+        if saved is not None:
+            saved += UNROLL // SHARE * size.to(tl.int64)
     if leaving is not None:
         tl.store(leaving + corner, h, mask=mask)
 

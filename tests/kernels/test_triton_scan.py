@@ -8,18 +8,21 @@ import sys
 import pytest
 import torch
 from cases import SCAN_CASES, ScanCase, assert_accurate, inputs_in, outputs_and_gradients, run
+from ptx import Warp
 from torch import Tensor
 
 from seqssm.kernels import selective_scan, selective_scan_step
+from seqssm.kernels.triton_tiles import sum_and_store_assembly
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRET, reason="runs in a process of its own: see test_in_the_interpreter")
-TINY = {  # chunks of 8 tokens, segments of 16, tiles of 4
+TINY = {  # chunks of 8 tokens, segments and tiles of 4
     "one-token": ScanCase(l=1, b=2, d=3, n=2, optional=False, state=False),
     "segments": ScanCase(l=19, d=5, n=3),
     "both-directions": ScanCase(l=18, b=2, d=4, n=1, g=2, reverse=(False, True), packed=7),
     "strided": ScanCase(l=9, d=4, n=2, g=2, packed=1, strided=True, reverse=True),
     "channel-blocks": ScanCase(l=5, d=35, n=2),
+    "whole-blocks": ScanCase(l=20, d=32, n=2),
 }
 
 
@@ -34,11 +37,29 @@ def test_in_the_interpreter() -> None:
     assert " passed" in result.stdout
 
 
+@pytest.mark.parametrize(
+    ("count", "pack", "tensor_cores"), [(16, 2, True), (16, 2, False), (16, 1, False), (8, 1, False)]
+)
+def test_assembly_that_sums_over_lanes(count: int, pack: int, tensor_cores: bool) -> None:
+    """The interpreter takes no assembly: run it on a warp in Python."""
+    text, registers = sum_and_store_assembly(count, pack, tensor_cores)
+    values = torch.randn(count, pack, 32, generator=torch.Generator().manual_seed(0))
+    warp = Warp()
+    operands = [*values.flatten(0, 1), *[torch.full((32,), 4096)] * pack]
+    assert registers.count(",") + 1 == pack + len(operands)
+    warp.run(text, [torch.zeros(32)] * pack + operands)
+    stored = torch.tensor([warp.memory[4096 + 4 * i] for i in range(count)])
+    assert len(warp.memory) == count
+    # The tensor cores see 10 bits of the mantissa.
+    tolerance = values.abs().sum((1, 2)) * 2.0**-10 if tensor_cores else torch.full((count,), 1e-5)
+    assert ((stored - values.sum((1, 2))).abs() <= tolerance).all()
+
+
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles, chunks, segments and slabs so small that a few dozen tokens have several of each."""
     module = importlib.import_module("seqssm.kernels.selective_scan.triton")
-    sizes = {"CHUNK": 8, "_SEGMENT": 16, "_SHORTEST_SEGMENT": 16, "_HISTORY_BYTES": 1, "_TILE": 4, "_BLOCK": 32}
+    sizes = {"CHUNK": 8, "_SEGMENT": 8, "_SHORTEST_SEGMENT": 4, "_HISTORY_BYTES": 1, "_TILE": 4, "_BLOCK": 32}
     for name, value in sizes.items():
         monkeypatch.setattr(module, name, value)
 

@@ -1,0 +1,94 @@
+"""One warp in Python that runs the few PTX instructions of ``sum_and_store_assembly``, for tests without a GPU.
+
+Semantics: NVIDIA, Parallel Thread Execution ISA 8.x; the fragments of ``mma.m16n8k8`` from its section on tf32.
+"""
+
+import re
+
+import torch
+from torch import Tensor
+
+LANES = torch.arange(32)
+
+
+class Warp:
+    """Registers are tensors (32,), one element a lane; predicates are bool, others int64 or float32."""
+
+    def __init__(self) -> None:
+        self.registers: dict[str, Tensor] = {"%laneid": LANES}
+        self.memory: dict[int, float] = {}
+
+    def run(self, text: str, operands: list[Tensor]) -> None:
+        self.registers |= {f"${i}": x for i, x in enumerate(operands)}
+        for line in re.findall(r"[^;]+;", text.strip("{} ")):
+            if line.strip() and not line.strip().startswith(".reg"):
+                self._step(line.strip(" ;"))
+
+    def _value(self, name: str) -> Tensor:
+        if name in self.registers:
+            return self.registers[name]
+        if name.startswith("0f"):
+            return torch.tensor(int(name[2:], 16), dtype=torch.int32).view(torch.float32).expand(32)
+        if name == "0x3f800000":
+            return torch.ones(32)
+        return torch.full((32,), int(name))
+
+    def _step(self, line: str) -> None:
+        predicate = torch.ones(32, dtype=torch.bool)
+        if line.startswith("@"):
+            guard, line = line.split(maxsplit=1)
+            predicate = self.registers[guard[1:]]
+        name, rest = line.split(maxsplit=1)
+        operation = name.split(".")[0]
+        if operation == "mma":
+            self._multiply(*(re.split(r", *", group) for group in re.findall(r"\{([^}]*)\}", rest)))
+            return
+        target, *arguments = re.split(r", *", rest)
+        if operation == "st":
+            for lane in LANES[predicate].tolist():
+                at = int(self.registers[target.strip("[]")][lane])
+                assert at not in self.memory, "two lanes store in one place"
+                self.memory[at] = float(self._value(arguments[0])[lane])
+            return
+        values = [self._value(x) for x in arguments]
+        match operation:
+            case "mov":
+                result = values[0]
+            case "add":
+                result = values[0] + values[1]
+            case "mul":
+                result = values[0] * values[1]
+            case "and":
+                result = values[0] & values[1]
+            case "shr":
+                result = values[0] >> values[1]
+            case "shl":
+                result = values[0] << values[1]
+            case "setp":
+                result = values[0] == values[1] if ".eq" in name else values[0] != values[1]
+            case "selp":
+                result = torch.where(values[2], values[0], values[1])
+            case "shfl":
+                assert ".bfly" in name
+                result = values[0][LANES ^ int(values[1][0])]
+            case _:
+                raise NotImplementedError(line)
+        self.registers[target] = result
+
+    def _multiply(self, to: list[str], left: list[str], right: list[str], add: list[str]) -> None:
+        """D (16, 8) = A (16, 8) B (8, 8) + C; A and B lose the mantissa bits that tf32 has not."""
+
+        def tf32(name: str) -> Tensor:
+            return (self._value(name).float().contiguous().view(torch.int32) & -8192).view(torch.float32)
+
+        row, column = LANES // 4, LANES % 4
+        a, b, c = torch.zeros(16, 8), torch.zeros(8, 8), torch.zeros(16, 8)
+        for i, name in enumerate(left):
+            a[row + 8 * (i % 2), column + 4 * (i // 2)] = tf32(name)
+        for i, name in enumerate(right):
+            b[column + 4 * i, row] = tf32(name)
+        for i, name in enumerate(add):
+            c[row + 8 * (i // 2), 2 * column + i % 2] = self._value(name)
+        d = a @ b + c
+        for i, name in enumerate(to):
+            self.registers[name] = d[row + 8 * (i // 2), 2 * column + i % 2]
