@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from seqssm.directions import NO_STATE, Bidirectional, ReverseComplement
 from seqssm.errors import UserError
 from seqssm.mixers import Mixer, State
+from seqssm.mixers.base import Normed, RMSNorm
 
 
 class MixerSpec(TypedDict, total=False):
@@ -100,18 +101,6 @@ class BackboneConfig:
         return result
 
 
-class RMSNorm(nn.Module):
-    """x / rms(x) · weight over the last dimension (Zhang and Sennrich, 2019), computed in float32."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.eps)
-
-
 class GatedMLP(nn.Module):
     """SwiGLU: out(silu(gate) · value) (Shazeer, 2020)."""
 
@@ -132,28 +121,64 @@ class Block(nn.Module):
         super().__init__()
         d = config.d_model
         self.strands = 2 if config.reverse_complement else 1
-        self.norm = RMSNorm(d, config.norm_eps)
+        self.recompute = config.checkpoint_activations
+        self.norm = RMSNorm(d, config.norm_eps, config.backend)
         self.mixer = mixer
         self.dropout = nn.Dropout(config.dropout)
         self.mlp: GatedMLP | None = None
         if config.mlp_ratio > 0:
-            self.mlp_norm = RMSNorm(d, config.norm_eps)
+            self.mlp_norm = RMSNorm(d, config.norm_eps, config.backend)
             self.mlp = GatedMLP(d, round(config.mlp_ratio * d))
 
-    def forward(self, x: Tensor, state: State | None, seq_idx: Tensor | None) -> tuple[Tensor, State]:
-        y, state = self.mixer(per_strand(self.norm, x, self.strands), state, seq_idx=seq_idx)
-        x = x + self.dropout(y)
-        return self.feed_forward(x), state
+    def forward(
+        self, x: Tensor, added: Tensor | None, state: State | None, seq_idx: Tensor | None
+    ) -> tuple[Tensor, Tensor, State]:
+        """Run the block on the residual stream x + ``added``.
 
-    def step(self, x: Tensor, state: State) -> Tensor:
-        return self.feed_forward(x + self.mixer.step(self.norm(x), state))
+        The sum is left to the norm that reads it: what comes back is again the stream and what is to be added to it.
+        """
+        recompute = self.recompute and torch.is_grad_enabled()
+        if recompute and self.mlp is None and self.mixer.recomputes(x):
+            x, y = self.norm(x, added, dtype=_product_dtype(x))
+            source = Normed(x.detach(), self.norm.weight.detach(), self.norm.eps, self.norm.backend)
+            y, state = self.mixer.forward_recomputed(y, source, state, seq_idx=seq_idx)
+            return x, self.dropout(y), state
+        if recompute:
+            x = x if added is None else (x + added).to(x.dtype)
+            return checkpoint(
+                self._run, x, None, state, seq_idx,
+                use_reentrant=False, preserve_rng_state=self.dropout.p > 0,
+            )  # fmt: skip
+        return self._run(x, added, state, seq_idx)
+
+    def _run(
+        self, x: Tensor, added: Tensor | None, state: State | None, seq_idx: Tensor | None
+    ) -> tuple[Tensor, Tensor, State]:
+        dtype = _product_dtype(x)
+        x, y = self.norm(x, added, strands=self.strands, dtype=dtype)
+        y, state = self.mixer(y, state, seq_idx=seq_idx)
+        y = self.dropout(y)
+        if self.mlp is not None:
+            x, y = self.mlp_norm(x, y, strands=self.strands, dtype=dtype)
+            y = self.dropout(per_strand(self.mlp, y, self.strands))
+        return x, y, state
 
     def feed_forward(self, x: Tensor) -> Tensor:
-        """What follows the mixer: x + mlp(norm(x)), or x where there is no MLP."""
+        """What follows the mixer, on the residual stream that has its output: x + mlp(norm(x)), or x without an MLP."""
         if self.mlp is None:
             return x
-        y = per_strand(self.mlp, per_strand(self.mlp_norm, x, self.strands), self.strands)
-        return x + self.dropout(y)
+        x, y = self.mlp_norm(x, strands=self.strands)
+        return x + self.dropout(per_strand(self.mlp, y, self.strands))
+
+    def step(self, x: Tensor, state: State) -> Tensor:
+        x = self.mixer.residual_step(x, self.norm, state)
+        return self.feed_forward(x)
+
+
+def _product_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast would cast a product's operand to on a GPU: the norm may as well leave in it."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if x.is_cuda and torch.is_autocast_enabled(device) else None
 
 
 def per_strand(module: nn.Module, x: Tensor, strands: int) -> Tensor:
@@ -181,7 +206,7 @@ class Backbone(nn.Module):
         self.config = config
         letters = [config.pattern[i % len(config.pattern)] for i in range(config.n_layers)]
         self.layers = nn.ModuleList(Block(_make_layer(letter, config), config) for letter in letters)
-        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.norm = RMSNorm(config.d_model, config.norm_eps, config.backend)
         residuals = config.n_layers * (2 if config.mlp_ratio > 0 else 1)
         with torch.no_grad():
             # Each block adds to the residual stream: as in GPT-2, its growth with depth is taken back at the start.
@@ -235,19 +260,14 @@ class Backbone(nn.Module):
             raise UserError(NO_STATE)
         if self.config.residual_in_fp32:
             x = x.to(torch.promote_types(x.dtype, torch.float32))
-        recompute = self.config.checkpoint_activations and torch.is_grad_enabled()
+        added: Tensor | None = None  # what the block before yields, still to be added to x
         new_state: State = {}
         for i, block in enumerate(self.blocks):
             past = _layer_state(state, i, block.mixer) if state else None
-            if recompute:
-                x, layer_state = checkpoint(
-                    block, x, past, seq_idx, use_reentrant=False, preserve_rng_state=self.config.dropout > 0
-                )
-            else:
-                x, layer_state = block(x, past, seq_idx)
+            x, added, layer_state = block(x, added, past, seq_idx)
             for key, value in layer_state.items():
                 new_state[f"layers.{i}.{key}"] = value
-        return per_strand(self.norm, x, self.d_out // self.config.d_model), new_state
+        return self.norm(x, added, strands=self.d_out // self.config.d_model)[1], new_state
 
     def step(self, x: Tensor, state: State) -> Tensor:
         """One token, x (b, d) -> y (b, d), updating ``state`` in place: the fastest decoding, without gradients."""
@@ -258,7 +278,7 @@ class Backbone(nn.Module):
             x = block.step(x, past)
             for key, value in past.items():
                 state[f"layers.{i}.{key}"] = value
-        return self.norm(x)
+        return self.norm(x)[1]
 
 
 def _layer_state(state: State, layer: int, mixer: Mixer) -> State:

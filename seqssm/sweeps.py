@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
-from seqssm.backbone import Backbone, per_strand
+from seqssm.backbone import Backbone
 from seqssm.errors import UserError
 from seqssm.files import atomic_write
 from seqssm.mixers import State
@@ -238,7 +238,7 @@ class Sweeper:
             y = self._mix(layer, x, sweep.reverse, carry, border)
             x = blocks[layer].feed_forward(x + y)
         if sweep.last == len(blocks):
-            emit(start, end, per_strand(self.backbone.norm, x, self.strands))
+            emit(start, end, self.backbone.norm(x, strands=self.strands)[1])
             return
         # The next layer has readings against this sweep: keep the states with which the others enter this chunk.
         prefix = f"{sweep.last}."
@@ -253,7 +253,7 @@ class Sweeper:
 
         States have keys such as ``3.0.scan``: layer, reading, key.
         """
-        parts = per_strand(self.backbone.blocks[layer].norm, x, self.strands).chunk(self.strands, dim=-1)
+        parts = self.backbone.blocks[layer].norm(x, strands=self.strands)[1].chunk(self.strands, dim=-1)
         outputs: list[Tensor | None] = [None] * self.strands
         for number, reading in enumerate(self._readings[layer]):
             along = reading.reverse == reverse

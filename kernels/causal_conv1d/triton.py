@@ -53,15 +53,17 @@ def backward(
     initial_state: Tensor | None,
     seq_idx: Tensor | None,
     reverse: tuple[bool, ...],
+    dx: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Gradients of x, weight, bias and initial_state."""
+    """Gradients of x, weight, bias and initial_state; that of x in ``dx``, of any strides, where it is given."""
     b, l, d = x.shape
     k = weight.shape[1]
     parts = len(reverse)
     block, warps, segment = _BACKWARD
     segment -= k - 1  # with the tokens beyond its end, a program then takes whole tiles
     segments = triton.cdiv(l, segment)
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if dx is None:
+        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dinitial_state = None
     if initial_state is not None:
         initial_state = initial_state.contiguous()
@@ -70,7 +72,7 @@ def backward(
     with use_device(x):
         backward_kernel[(b * segments * parts * triton.cdiv(d // parts, block),)](
             dy, dfinal_state.contiguous(), x, weight.contiguous(), bias, initial_state, seq_idx, dx, dtaps,
-            dinitial_state, *dy.stride(), *x.stride(), *strides(seq_idx, 2),
+            dinitial_state, *dy.stride(), *x.stride(), *dx.stride(), *strides(seq_idx, 2),
             l, d, d // parts, parts, segments, reverse_mask(reverse),
             WIDTH=k, SILU=activation, SEGMENT=segment, TILE=_TILE, BLOCK=block, num_warps=warps,
         )  # fmt: skip

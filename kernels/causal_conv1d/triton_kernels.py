@@ -114,7 +114,8 @@ def forward_kernel(
 @triton.jit(do_not_specialize=["length", "segments", "mask_of_reverse"])
 def backward_kernel(
     dy, dfinal_state, x, weight, bias, initial_state, seq_idx, dx, dtaps, dinitial_state,
-    dy_b, dy_t, dy_c, x_b, x_t, x_c, seq_b, seq_t, length, channels, per_group, groups, segments, mask_of_reverse,
+    dy_b, dy_t, dy_c, x_b, x_t, x_c, dx_b, dx_t, dx_c, seq_b, seq_t,
+    length, channels, per_group, groups, segments, mask_of_reverse,
     WIDTH: tl.constexpr, SILU: tl.constexpr, SEGMENT: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Gradients of SEGMENT tokens of BLOCK channels.
@@ -144,7 +145,7 @@ def backward_kernel(
         sums += (tl.zeros([BLOCK], tl.float32),)
     x_row, x_step = rows(x, batch, begin, length, direction, x_b, x_t)
     dy_row, dy_step = rows(dy, batch, begin, length, direction, dy_b, dy_t)
-    dx_row, dx_step = rows(dx, batch, begin - (WIDTH - 1), length, direction, length.to(tl.int64) * channels, channels)
+    dx_row, dx_step = rows(dx, batch, begin - (WIDTH - 1), length, direction, dx_b, dx_t)
     state = (batch * channels + c) * (WIDTH - 1)
     for t in range(0, tokens + WIDTH - 1, TILE):
         tile = load_rows(x_row, x_step, c * x_c, mask, ahead - t, TILE)
@@ -191,7 +192,7 @@ def backward_kernel(
                         extra *= alive[0]
                     done += extra
             inside = mask & (t + j < tokens + WIDTH - 1)
-            tl.store(dx_row + c, done.to(dx.dtype.element_ty), mask=inside & (leaving >= begin))
+            tl.store(dx_row + c * dx_c, done.to(dx.dtype.element_ty), mask=inside & (leaving >= begin))
             if dinitial_state is not None:
                 at = dinitial_state + state + leaving + (WIDTH - 1)
                 tl.store(at, done.to(dinitial_state.dtype.element_ty), mask=inside & (leaving < 0))

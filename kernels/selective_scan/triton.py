@@ -113,8 +113,14 @@ def backward(
     initial_state: Tensor | None,
     seq_idx: Tensor | None,
     reverse: tuple[bool, ...],
+    dz: Tensor | None = None,
+    y: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of u, delta, A, B, C, D, z, delta_bias and initial_state; slabs of chunks, last to first."""
+    """Gradients of u, delta, A, B, C, D, z, delta_bias and initial_state; slabs of chunks, last to first.
+
+    With z, the gradient of z goes into ``dz``, of any strides, where it is given, and ``y`` (contiguous) takes the
+    output of the forward pass, which is at hand on the way.
+    """
     b, l, d = u.shape
     n = A.shape[1]
     g = B.shape[2]
@@ -125,7 +131,8 @@ def backward(
     slab = max(1, min(chunks, _HISTORY_BYTES // (4 * b * (CHUNK // tile) * n * d)))
     A2 = _transposed_log2(A)
     du, ddelta = (torch.empty(u.shape, dtype=x.dtype, device=u.device) for x in (u, delta))
-    dz = None if z is None else torch.empty(u.shape, dtype=z.dtype, device=u.device)
+    if dz is None and z is not None:
+        dz = torch.empty(u.shape, dtype=z.dtype, device=u.device)
     dB, dC = (torch.empty(B.shape, dtype=x.dtype, device=u.device) for x in (B, C))
     blocks = triton.cdiv(d // g, block)
     # One tile more: the last tile of a chunk leaves its states behind the chunk's, unread unless another follows.
@@ -144,7 +151,8 @@ def backward(
             all_strides = (*u.stride(), *delta.stride(), *strides(z, 3), *dy.stride(), *strides(seq_idx, 2))
             grid = (b * count * g * blocks,)
             history_kernel[grid](
-                *inputs, D, delta_bias, states, history, adjoint, total_steps, seq_idx, dz, *all_strides,
+                *inputs, D, delta_bias, states, history, adjoint, total_steps, seq_idx, dz, y, *all_strides,
+                *strides(dz, 3),
                 l, d, d // g, g, n, first, chunks, count, mask,
                 SOFTPLUS=delta_softplus, WHOLE=whole, CHUNK=CHUNK,
                 TILE=tile, BLOCK=block, UNROLL=_HISTORY_UNROLL if n % _HISTORY_UNROLL == 0 else 1,

@@ -36,13 +36,14 @@ from seqssm.kernels.triton_tiles import (
 
 @triton.jit(do_not_specialize=["length", "first_chunk", "chunks", "slab_chunks", "reverse_mask"])
 def history_kernel(
-    u, delta, z, dy, packed, A2, D, bias, saved, history, adjoint, total_steps, seq_idx, dz,
+    u, delta, z, dy, packed, A2, D, bias, saved, history, adjoint, total_steps, seq_idx, dz, y,
     u_b, u_t, u_c, delta_b, delta_t, delta_c, z_b, z_t, z_c, dy_b, dy_t, dy_c, seq_b, seq_t,
+    dz_b, dz_t, dz_c,
     length, channels, per_group, groups, states, first_chunk, chunks, slab_chunks, reverse_mask,
     SOFTPLUS: tl.constexpr, WHOLE: tl.constexpr, CHUNK: tl.constexpr,
     TILE: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr, PREFETCH: tl.constexpr,
 ):  # fmt: skip
-    """One chunk of CHUNK tokens, forwards: dz (b, l, d), the state entering each tile into ``history`` (b, slab_tiles,
+    """One chunk of CHUNK tokens, forwards: dz and, if asked for, the forward pass's y (b, l, d), the state entering each tile into ``history`` (b, slab_tiles,
     n, d), the gradient that the chunk gives to the state entering it into ``adjoint`` (b, slab_chunks, n, d), and the
     sum of its step sizes into ``total_steps`` (b, slab_chunks, d), infinite when a reset cuts the past off."""
     batch, chunk, group, block, c, mask = locate(per_group, groups, slab_chunks, BLOCK)
@@ -56,7 +57,9 @@ def history_kernel(
     dy_row, dy_step = rows(dy, batch, begin, length, direction, dy_b, dy_t)
     if z is not None:
         z_row, z_step = rows(z, batch, begin, length, direction, z_b, z_t)
-        dz_row, dz_step = rows(dz, batch, begin, length, direction, length.to(tl.int64) * channels, channels)
+        dz_row, dz_step = rows(dz, batch, begin, length, direction, dz_b, dz_t)
+        if y is not None:
+            y_row, y_step = rows(y, batch, begin, length, direction, length.to(tl.int64) * channels, channels)
     packed += ((batch * groups + group) * slab_chunks + chunk) * CHUNK * states
     first_channel, end_channel = group * per_group + block * BLOCK, (group + 1) * per_group
     prefetch_numbers(packed, TILE * states, PREFETCH)
@@ -159,7 +162,15 @@ def history_kernel(
             if seq_idx is not None:
                 kept *= keeps[j]
         if z is not None:
-            store_tile(dz_row, dz_step, c, mask, count, products(outputs, slopes, TILE), TILE, WHOLE)
+            store_tile(dz_row, dz_step, c * dz_c, mask, count, products(outputs, slopes, TILE), TILE, WHOLE)
+            if y is not None:  # the gates are read again rather than kept in registers
+                gates = load_rows(z_row, z_step, c * z_c, mask, count, TILE, WHOLE)
+                gated = ()
+                for j in tl.static_range(TILE):
+                    gate = gates[j].to(tl.float32)
+                    gated += (outputs[j] * gate * sigmoid(gate),)
+                store_tile(y_row, y_step, c, mask, count, gated, TILE, WHOLE)
+                y_row += TILE * y_step
             z_row += TILE * z_step
             dz_row += TILE * dz_step
         history += states * channels

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from seqssm.kernels.rms_norm.op import add_rms_norm
+
 State = dict[str, Tensor]
 
 
@@ -25,6 +27,43 @@ class Reading(NamedTuple):
     strand: int
     mixer: Mixer
     reverse: bool
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · weight over the last dimension (Zhang and Sennrich, 2019), computed in float32."""
+
+    def __init__(self, size: int, eps: float, backend: str = "auto") -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+        self.backend = "auto" if backend == "numba" else backend
+
+    def forward(
+        self, x: Tensor, added: Tensor | None = None, *, strands: int = 1, dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The sum of the residual stream x (..., strands·d) and ``added``, in x's dtype, and its norm a strand.
+
+        The norm has the dtype asked for, else that of the weight.
+        """
+        if strands > 1:
+            x, added = x.unflatten(-1, (strands, -1)), None if added is None else added.unflatten(-1, (strands, -1))
+        total, y = add_rms_norm(x, added, self.weight, self.eps, dtype=dtype, backend=self.backend)
+        return (total, y) if strands == 1 else (total.flatten(-2), y.flatten(-2))
+
+
+class Normed(NamedTuple):
+    """What a mixer's input was made of, detached: the residual stream (b, l, d) before the block's norm.
+
+    It is there anyway, since the norm's own backward pass needs it; the input can be made from it again.
+    """
+
+    residual: Tensor
+    weight: Tensor
+    eps: float
+    backend: str
+
+    def compute(self, dtype: torch.dtype) -> Tensor:
+        return add_rms_norm(self.residual, None, self.weight, self.eps, dtype=dtype, backend=self.backend)[1]
 
 
 class Mixer(nn.Module):
@@ -76,6 +115,24 @@ class Mixer(nn.Module):
     def output(self, x: Tensor, *, seq_idx: Tensor | None = None, reverse: bool = False) -> Tensor:
         """:meth:`forward` from the start, for those who drop the state: a mixer that can skip it does."""
         return self(x, seq_idx=seq_idx, reverse=reverse)[0]
+
+    def recomputes(self, x: Tensor) -> bool:
+        """Whether :meth:`forward_recomputed` is there for inputs on the device of x and of its dtype."""
+        return False
+
+    def forward_recomputed(
+        self, x: Tensor, source: Normed, state: State | None = None, *, seq_idx: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """:meth:`forward` for training in little memory: the backward pass computes again what is cheap to compute.
+
+        Args:
+            x: (b, l, d), the norm of ``source``, from which the backward pass makes it again.
+        """
+        raise NotImplementedError
+
+    def residual_step(self, x: Tensor, norm: RMSNorm, state: State) -> Tensor:
+        """x (b, d) + :meth:`step` of its norm: a subclass may do both at once."""
+        return x + self.step(norm(x)[1], state)
 
     def step(self, x: Tensor, state: State) -> Tensor:
         """Mix one token, x (b, d) -> y (b, d), updating ``state`` in place. For inference: no gradients."""

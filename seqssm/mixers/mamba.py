@@ -11,9 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seqssm.kernels.causal_conv1d.op import causal_conv1d, causal_conv1d_step
+from seqssm.kernels.mamba_step.op import mamba_step
 from seqssm.kernels.selective_scan.op import selective_scan, selective_scan_step
+from seqssm.mixers import mamba_layer
 from seqssm.mixers.base import (
     Mixer,
+    Normed,
+    RMSNorm,
     State,
     float32_parameter,
     init_dt_bias,
@@ -22,6 +26,9 @@ from seqssm.mixers.base import (
     project_streams,
     stream_directions,
 )
+
+# Sequences that advance together up to which one kernel for the whole layer beats matrix products.
+_MOST_FUSED_STEPS = 32
 
 
 class Mamba(Mixer):
@@ -91,7 +98,17 @@ class Mamba(Mixer):
         if state is not None and x.shape[1] == 1 and not torch.is_grad_enabled():
             state = {key: state[key].clone() for key in self.state_keys}
             return self.step(x[:, 0], state).unsqueeze(1), state
+        if torch.is_grad_enabled() and self.recomputes(x):
+            return mamba_layer.run(self, x, None, state, seq_idx, reverse)
         return _run((self,), x, 1, state, seq_idx, reverse)
+
+    def recomputes(self, x: Tensor) -> bool:
+        return mamba_layer.available(self, x)
+
+    def forward_recomputed(
+        self, x: Tensor, source: Normed, state: State | None = None, *, seq_idx: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        return mamba_layer.run(self, x, source, state, seq_idx, False)
 
     def run_streams(
         self,
@@ -102,8 +119,32 @@ class Mamba(Mixer):
         seq_idx: Tensor | None = None,
         reverse: bool = False,
     ) -> Tensor:
+        if backward is None and strands == 1:
+            return self(x, seq_idx=seq_idx, reverse=reverse)[0]
         mixers = (self,) if backward is None else (self, backward)
         return _run(mixers, x, strands, None, seq_idx, reverse)[0]  # type: ignore[arg-type]
+
+    def residual_step(self, x: Tensor, norm: RMSNorm, state: State) -> Tensor:
+        if x.shape[0] > _MOST_FUSED_STEPS or not mamba_layer.available(self, x):
+            return super().residual_step(x, norm, state)
+        return mamba_step(
+            x,
+            state["conv"],
+            state["scan"],
+            norm.weight,
+            norm.eps,
+            self.in_proj.weight,
+            self.in_proj.bias,
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
+            self.x_proj.weight,
+            self.dt_proj.weight,
+            self.dt_proj.bias,
+            self.A_log,
+            self.D,
+            self.out_proj.weight,
+            self.out_proj.bias,
+        )
 
     def step(self, x: Tensor, state: State) -> Tensor:
         u, z = self.in_proj(x).chunk(2, dim=-1)  # (b, e) each

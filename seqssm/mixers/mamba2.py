@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from seqssm.errors import UserError
 from seqssm.kernels.causal_conv1d.op import causal_conv1d, causal_conv1d_step
+from seqssm.kernels.rms_norm.op import add_rms_norm
 from seqssm.kernels.ssd.op import ssd, ssd_step
+from seqssm.mixers import convolved_projection
 from seqssm.mixers.base import (
     Mixer,
     State,
@@ -82,6 +84,7 @@ class Mamba2(Mixer):
         self.A_log = float32_parameter(torch.empty(self.heads).uniform_(*A_init_range).log())
         self.D = float32_parameter(torch.ones(self.heads))
         self.norm = nn.RMSNorm(self.d_inner, eps=norm_eps)
+        self.norm_eps = norm_eps
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias)
 
     def init_state(
@@ -101,17 +104,23 @@ class Mamba2(Mixer):
             state = {key: state[key].clone() for key in self.state_keys}
             return self.step(x[:, 0], state).unsqueeze(1), state
         e, gn = self.d_inner, self.ngroups * self.d_state
-        z, xBC, dt = self.in_proj(x).split([e, e + 2 * gn, self.heads], dim=-1)
-        xBC, conv = causal_conv1d(
-            xBC,
-            self.conv1d.weight.squeeze(1),
-            self.conv1d.bias,
-            initial_state=None if state is None else state["conv"],
-            seq_idx=seq_idx,
-            reverse=reverse,
-            backend=self.backend,
-        )
-        u, B, C = xBC.split([e, gn, gn], dim=-1)
+        sizes = (e, gn, gn)
+        if convolved_projection.available(self.backend, x):
+            z, (u, B, C), dt, conv = convolved_projection.run(
+                x, self.in_proj, self.conv1d, e, sizes, None if state is None else state["conv"], seq_idx, reverse
+            )
+        else:
+            z, xBC, dt = self.in_proj(x).split([e, e + 2 * gn, self.heads], dim=-1)
+            xBC, conv = causal_conv1d(
+                xBC,
+                self.conv1d.weight.squeeze(1),
+                self.conv1d.bias,
+                initial_state=None if state is None else state["conv"],
+                seq_idx=seq_idx,
+                reverse=reverse,
+                backend=self.backend,
+            )
+            u, B, C = xBC.split(sizes, dim=-1)
         initial = None if state is None else state["scan"]
         y, scan = _scan((self,), 1, u, dt, B, C, z, initial, seq_idx, (reverse,))
         return self.out_proj(y), {"conv": conv, "scan": scan}
@@ -210,6 +219,7 @@ def _normalise(mixers: Sequence[Mamba2], strands: int, y: Tensor) -> Tensor:
     weight = join([m.norm.weight for m in mixers], strands).to(y.dtype)
     groups = first.ngroups * strands * len(mixers)
     if groups == 1:
-        return F.rms_norm(y, weight.shape, weight, first.norm.eps)
+        backend = "auto" if first.backend == "numba" else first.backend
+        return add_rms_norm(y, None, weight, first.norm_eps, backend=backend)[1]
     y = y.unflatten(-1, (groups, -1))
     return F.rms_norm(y, y.shape[-1:], None, first.norm.eps).flatten(-2) * weight

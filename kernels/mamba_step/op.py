@@ -1,0 +1,108 @@
+"""The public step of a whole Mamba layer, registered with ``torch.library``."""
+
+import torch
+from torch import Tensor
+
+from seqssm.kernels import dispatch
+from seqssm.kernels.dispatch import check_shape
+from seqssm.kernels.mamba_step import reference
+
+_AVAILABLE = ("reference", "triton")
+
+
+def mamba_step(
+    x: Tensor,
+    conv_state: Tensor,
+    scan_state: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    in_proj: Tensor,
+    in_bias: Tensor | None,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    x_proj: Tensor,
+    dt_proj: Tensor,
+    dt_bias: Tensor,
+    A_log: Tensor,
+    D: Tensor,
+    out_proj: Tensor,
+    out_bias: Tensor | None,
+    *,
+    backend: str = "triton",
+) -> Tensor:
+    """One token through a pre-norm Mamba layer, ``x + mamba(norm(x))`` (Gu and Dao, 2023, figure 3).
+
+    For decoding a sequence or a few: weights are read once for each of them, in the dtype that they are kept in, and
+    all arithmetic is float32.
+
+    Args:
+        x: the residual stream (b, d); float32, bfloat16 or float16 (float64 for "reference").
+        conv_state: (b, e, k-1), the convolution's last inputs. scan_state: (b, e, n) float32.
+            Both are updated in place.
+        norm_weight: (d,). eps: of the norm.
+        in_proj: (2e, d). conv_weight: (e, k). x_proj: (r + 2n, e). dt_proj: (e, r). out_proj: (d, e), and their biases.
+        A_log: (e, n). D, dt_bias: (e,).
+        backend: "reference" or "triton".
+
+    Returns:
+        The stream after the layer, (b, d) in x's dtype. There is no gradient.
+
+    Raises:
+        ValueError: shapes or devices do not fit, a gradient is asked for, or the backend cannot run here. ImportError:
+            its package is missing.
+    """
+    weights = (norm_weight, in_proj, in_bias, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D, out_proj)
+    dispatch.check_inference("mamba", x, conv_state, scan_state, *weights, out_bias)
+    if x.dim() != 2 or not x.is_floating_point() or 0 in x.shape:
+        raise ValueError(f"x must be floating point (b, d) and not empty, got {tuple(x.shape)} {x.dtype}")
+    (b, d), (e, n), k, r = x.shape, A_log.shape, conv_weight.shape[1], dt_proj.shape[1]
+    check_shape("norm_weight", norm_weight, (d,), "(d,)")
+    check_shape("in_proj", in_proj, (2 * e, d), "(2e, d)")
+    check_shape("in_bias", in_bias, (2 * e,), "(2e,)")
+    check_shape("conv_weight", conv_weight, (e, k), "(e, k)")
+    check_shape("x_proj", x_proj, (r + 2 * n, e), "(r + 2n, e)")
+    check_shape("dt_proj", dt_proj, (e, r), "(e, r)")
+    for name, vector in (("conv_bias", conv_bias), ("dt_bias", dt_bias), ("D", D)):
+        check_shape(name, vector, (e,), "(e,)")
+    check_shape("out_proj", out_proj, (d, e), "(d, e)")
+    check_shape("out_bias", out_bias, (d,), "(d,)")
+    check_shape("conv_state", conv_state, (b, e, k - 1), "(b, e, k-1)")
+    check_shape("scan_state", scan_state, (b, e, n), "(b, e, n)")
+    dispatch.check_devices(x=x, conv_state=conv_state, scan_state=scan_state, in_proj=in_proj)
+    chosen = dispatch.choose_backend("mamba_step", backend, x, _AVAILABLE)
+    arguments = (
+        x, conv_state, scan_state, norm_weight, eps, in_proj, in_bias, conv_weight, conv_bias,
+        x_proj, dt_proj, dt_bias, A_log, D, out_proj, out_bias,
+    )  # fmt: skip
+    return reference.mamba_step(*arguments) if chosen == "reference" else _step(*arguments)
+
+
+def _step_kernel(
+    x: Tensor,
+    conv_state: Tensor,
+    scan_state: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    in_proj: Tensor,
+    in_bias: Tensor | None,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    x_proj: Tensor,
+    dt_proj: Tensor,
+    dt_bias: Tensor,
+    A_log: Tensor,
+    D: Tensor,
+    out_proj: Tensor,
+    out_bias: Tensor | None,
+) -> Tensor:
+    return dispatch.load_backend("mamba_step", "triton").step(
+        x, conv_state, scan_state, norm_weight, eps, in_proj, in_bias, conv_weight, conv_bias,
+        x_proj, dt_proj, dt_bias, A_log, D, out_proj, out_bias,
+    )  # fmt: skip
+
+
+def _step_fake(x: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(x)
+
+
+_step = dispatch.define_operator("mamba_step", _step_kernel, _step_fake, mutates_args=("conv_state", "scan_state"))
