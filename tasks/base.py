@@ -18,6 +18,7 @@ import seqssm
 from seqssm import hub
 from seqssm.backbone import BackboneConfig
 from seqssm.errors import UserError
+from seqssm.longcontext.parallel import LengthSplit
 from seqssm.optim import parameter_groups, warmup_cosine
 
 CHECKPOINT_KEY = "seqssm"
@@ -93,6 +94,17 @@ class Task(pl.LightningModule):
         self.load_state_dict(matching, strict=False)
         fresh = sorted(set(own) - set(matching))
         rank_zero_info(f"init_from {self.init_from}: {len(matching)} tensors loaded, new: {', '.join(fresh) or 'none'}")
+
+    def split_length(self, split: LengthSplit) -> None:
+        """Run sequences whose length is split over processes, from now on; a strategy calls it before training.
+
+        Raises:
+            UserError: the task, or this model of it, cannot.
+        """
+        raise UserError(
+            f"{type(self).__name__} cannot have the length of its sequences split over processes: "
+            "use another strategy, such as --trainer.strategy ddp"
+        )
 
     # ---- training ----------------------------------------------------------------------------------------------
 

@@ -1,6 +1,7 @@
 """Backend "triton": the selective scan on the GPU; the README derives it and states its cost against the limit."""
 
 import os
+from collections.abc import Callable
 
 import torch
 import triton
@@ -21,6 +22,12 @@ _SEGMENT, _SHORTEST_SEGMENT = 256, 64
 _ENOUGH_PROGRAMS = 4096
 # Bytes for the states entering each tile: the backward pass takes the length in slabs that fit.
 _HISTORY_BYTES = 256 << 20
+# The same for a part of a sequence, where a second slab means that the history is made twice.
+_PART_HISTORY_BYTES = 2 << 30
+
+# From what a part of a sequence yields by itself, (b, d, n), and its total step size, (b, d), infinite where a reset
+# cuts the past off, to what enters it, (b, d, n) float32.
+Join = Callable[[Tensor, Tensor], Tensor]
 
 
 def forward(
@@ -37,8 +44,12 @@ def forward(
     seq_idx: Tensor | None,
     reverse: tuple[bool, ...],
     save_states: bool,
+    join: Join | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y (b, l, d), the final state (b, d, n) and the states entering every CHUNK tokens (b, chunks, d, n)."""
+    """y (b, l, d), the final state (b, d, n) and the states entering every CHUNK tokens (b, chunks, d, n).
+
+    With ``join`` the tokens are a part of a sequence: the initial state is what it makes of the part's own end.
+    """
     b, l, d = u.shape
     n = A.shape[1]
     g = B.shape[2]
@@ -51,7 +62,8 @@ def forward(
     segment = _SEGMENT
     while segment > _SHORTEST_SEGMENT and programs * triton.cdiv(l, segment) < _ENOUGH_PROGRAMS:
         segment //= 2
-    segments = triton.cdiv(l, segment)
+    # A part's own end is the state that enters one more segment, without tokens.
+    segments = triton.cdiv(l, segment) + (join is not None)
     A2 = _transposed_log2(A)
     carry = _float32(b, segments, n, d, like=u)
     initial_state = _contiguous32(initial_state)
@@ -71,6 +83,11 @@ def forward(
 
         if segments > 1:
             scan(segments - 1, True)
+            if join is not None:
+                own = carry.clone()
+                _pass_states(own, total_steps, A2, None, None, segments, backward=False)
+                end = own[:, -1].mT.contiguous()  # (b, d, n)
+                initial_state = _contiguous32(join(end, total_steps[:, :-1].sum(1)))
             _pass_states(carry, total_steps, A2, initial_state, None, segments, backward=False)
         scan(segments, False)
     return y, final_state, states
@@ -92,15 +109,21 @@ def backward(
     initial_state: Tensor | None,
     seq_idx: Tensor | None,
     reverse: tuple[bool, ...],
+    join: Join | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of u, delta, A, B, C, D, z, delta_bias and initial_state; slabs of chunks, last to first."""
+    """Gradients of u, delta, A, B, C, D, z, delta_bias and initial_state; slabs of chunks, last to first.
+
+    With ``join`` the tokens are a part of a sequence: what it makes of the gradient that the part gives to the state
+    entering it comes on top of ``dfinal_state``.
+    """
     b, l, d = u.shape
     n = A.shape[1]
     g = B.shape[2]
     mask = reverse_mask(reverse)
     tile, block = _TILE, _fit_block(d // g)
     chunks = triton.cdiv(l, CHUNK)
-    slab = max(1, min(chunks, _HISTORY_BYTES // (4 * b * (CHUNK // tile) * n * d)))
+    room = _HISTORY_BYTES if join is None else _PART_HISTORY_BYTES
+    slab = max(1, min(chunks, room // (4 * b * (CHUNK // tile) * n * d)))
     A2 = _transposed_log2(A)
     du, ddelta = (torch.empty(u.shape, dtype=x.dtype, device=u.device) for x in (u, delta))
     dz = None if z is None else torch.empty(u.shape, dtype=z.dtype, device=u.device)
@@ -111,24 +134,38 @@ def backward(
     total_steps, dD, dbias = (_float32(b, slab, d, like=u) for _ in range(3))
     dpacked = _float32(b, g, blocks, n, slab * (CHUNK // tile), 2, tile, like=u)
     dstate = dfinal_state.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+    all_strides = (*u.stride(), *delta.stride(), *strides(z, 3), *dy.stride(), *strides(seq_idx, 2))
+    # From the last slab to the first, which takes the odd rest: what it adds to is there by then.
+    slabs = [(max(0, end - slab), min(slab, end)) for end in range(chunks, 0, -slab)]  # (first chunk, chunks)
+
+    def make_history(first: int, count: int) -> tuple[Tensor, int]:
+        packed, tiles = _pack(B, C, first * CHUNK, count * CHUNK, l, mask, tile)
+        history_kernel[(b * count * g * blocks,)](
+            u, delta, z, dy, packed, A2, delta_bias, states, history, adjoint, total_steps, seq_idx, *all_strides,
+            l, d, d // g, g, n, first, chunks, count, mask,
+            SOFTPLUS=delta_softplus, CHUNK=CHUNK, TILE=tile, BLOCK=block, num_warps=1,
+        )  # fmt: skip
+        return packed, tiles
+
     with use_device(u):
-        # From the last slab to the first, which takes the odd rest: what it adds to is there by then.
-        for end in range(chunks, 0, -slab):
-            count = min(slab, end)
-            first = end - count
-            packed, tiles = _pack(B, C, first * CHUNK, count * CHUNK, l, mask, tile)
+        made: tuple[Tensor, int] | None = None
+        if join is not None:
+            own, total = dstate.clone(), torch.zeros_like(total_steps[:, 0])
+            for first, count in slabs:
+                made = make_history(first, count)
+                # With one slab, its history and what its chunks yield serve again below.
+                passing = adjoint.clone() if len(slabs) == 1 else adjoint
+                _pass_states(passing, total_steps, A2, own, own, count, backward=True)
+                total += total_steps.flatten(0, 1)[: b * count].unflatten(0, (b, count)).sum(1)
+            dstate += join(own, total)
+        for first, count in slabs:
+            packed, tiles = made if made is not None and len(slabs) == 1 else make_history(first, count)
             inputs = (u, delta, z, dy, packed, A2)
-            all_strides = (*u.stride(), *delta.stride(), *strides(z, 3), *dy.stride(), *strides(seq_idx, 2))
             grid = (b * count * g * blocks,)
-            history_kernel[grid](
-                *inputs, delta_bias, states, history, adjoint, total_steps, seq_idx, *all_strides,
-                l, d, d // g, g, n, first, chunks, count, mask,
-                SOFTPLUS=delta_softplus, CHUNK=CHUNK, TILE=tile, BLOCK=block, num_warps=1,
-            )  # fmt: skip
             _pass_states(adjoint, total_steps, A2, dstate, dstate, count, backward=True)
             gradient_kernel[grid](
                 *inputs, D, delta_bias, history, adjoint, seq_idx, du, ddelta, dz, dpacked, dA, dD, dbias, *all_strides,
-                l, d, d // g, g, n, first, count, int(end < chunks), mask,
+                l, d, d // g, g, n, first, count, int(first + count < chunks), mask,
                 SOFTPLUS=delta_softplus, CHUNK=CHUNK,
                 TILE=tile, BLOCK=block, **_warp_sums(tile, block), num_warps=1,
             )  # fmt: skip

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seqssm.errors import UserError
-from seqssm.kernels.causal_conv1d.op import causal_conv1d, causal_conv1d_step
-from seqssm.kernels.ssd.op import ssd, ssd_step
+from seqssm.kernels.causal_conv1d.op import causal_conv1d_step
+from seqssm.kernels.ssd.op import ssd_step
 from seqssm.mixers.base import (
     Mixer,
     State,
@@ -102,7 +102,7 @@ class Mamba2(Mixer):
             return self.step(x[:, 0], state).unsqueeze(1), state
         e, gn = self.d_inner, self.ngroups * self.d_state
         z, xBC, dt = self.in_proj(x).split([e, e + 2 * gn, self.heads], dim=-1)
-        xBC, conv = causal_conv1d(
+        xBC, conv = self.operations.causal_conv1d(
             xBC,
             self.conv1d.weight.squeeze(1),
             self.conv1d.bias,
@@ -142,7 +142,8 @@ class Mamba2(Mixer):
             if biases[0] is not None:
                 bias = torch.cat([join([b[part] for b in biases if b is not None], strands) for part in parts])
             way = directions * len(parts)
-            return causal_conv1d(inputs, weight, bias, seq_idx=seq_idx, reverse=way, backend=self.backend)[0]
+            convolution = self.operations.causal_conv1d
+            return convolution(inputs, weight, bias, seq_idx=seq_idx, reverse=way, backend=self.backend)[0]
 
         u = convolve([0], u)
         B, C = convolve([1, 2], torch.cat([B, C], dim=-1)).chunk(2, dim=-1)
@@ -186,7 +187,7 @@ def _scan(
 ) -> tuple[Tensor, Tensor]:
     """The gated scan and its norm over all streams: u, z (b, l, s·e), dt (b, l, s·h), B, C (b, l, s·g·n)."""
     first = mixers[0]
-    y, state = ssd(
+    y, state = first.operations.ssd(
         u.unflatten(-1, (-1, first.headdim)),
         dt,
         -torch.exp(join([m.A_log for m in mixers], strands)),
