@@ -19,7 +19,7 @@ from seqssm import hub
 from seqssm.backbone import BackboneConfig
 from seqssm.errors import UserError
 from seqssm.longcontext.parallel import LengthSplit
-from seqssm.optim import parameter_groups, warmup_cosine
+from seqssm.optim import parameter_groups, remember_shapes, warmup_cosine
 
 CHECKPOINT_KEY = "seqssm"
 T = TypeVar("T", bound="Task")
@@ -107,6 +107,9 @@ class Task(pl.LightningModule):
         )
 
     # ---- training ----------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        remember_shapes(self)
 
     def configure_optimizers(self) -> Any:
         c = self.optimizer_config

@@ -79,9 +79,7 @@ def pool_parts(pooling: Pooling, y: Tensor, lengths: Tensor, start: int, split: 
     return (pooled + _pool_parts(pooling, other, lengths, start, split, from_end=True)) / 2
 
 
-def _pool_parts(
-    pooling: Pooling, y: Tensor, lengths: Tensor, start: int, split: LengthSplit, from_end: bool
-) -> Tensor:
+def _pool_parts(pooling: Pooling, y: Tensor, lengths: Tensor, start: int, split: LengthSplit, from_end: bool) -> Tensor:
     wide = torch.promote_types(y.dtype, torch.float32)
     position = torch.arange(start, start + y.shape[1], device=y.device)[None]  # (1, part)
     if pooling.mode == "last":

@@ -9,15 +9,16 @@ messages do not grow with the length.
 Every layer exchanges by itself, since a layer's input depends on the whole of the layer below. The mixers do not know:
 :func:`split_mixers` gives them other :class:`~seqssm.mixers.operations.Operations`.
 
-A process computes gradients of the parts that it holds. The backward passes of :meth:`LengthSplit.gather` and of what is
-built on it add the gradients of all processes: with a loss that is the same in all processes, or the mean over all of
-them, the *mean* of the parameters' gradients over the processes, as :class:`torch.nn.parallel.DistributedDataParallel`
-takes it, is the gradient of that loss in one process.
+A process computes gradients of the parts that it holds. The backward passes of :meth:`LengthSplit.gather` and of what
+is built on it add the gradients of all processes: with a loss that is the same in all processes, or the mean over all
+of them, the *mean* of the parameters' gradients over the processes, as
+:class:`torch.nn.parallel.DistributedDataParallel` takes it, is the gradient of that loss in one process.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -100,15 +101,15 @@ class LengthSplit:
         return x
 
 
-class lost_peers_named:  # noqa: N801 - a context manager reads as a verb
+@contextmanager
+def lost_peers_named() -> Iterator[None]:
     """Turn what the communication library says of a process that has gone into one line that says what to do."""
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, RuntimeError) and is_lost_peer(error):
-            raise UserError(LOST.format(reason=str(error).splitlines()[0].strip())) from error
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_lost_peer(error):
+            raise
+        raise UserError(LOST.format(reason=str(error).splitlines()[0].strip())) from error
 
 
 def is_lost_peer(error: BaseException) -> bool:
@@ -296,9 +297,7 @@ class SplitOperations(Operations):
             parts = self._hide(parts, halo, seq_idx, directions)
         return torch.cat(parts, dim=-1).mT
 
-    def _hide(
-        self, parts: Sequence[Tensor], halo: int, seq_idx: Tensor, directions: Sequence[bool]
-    ) -> list[Tensor]:
+    def _hide(self, parts: Sequence[Tensor], halo: int, seq_idx: Tensor, directions: Sequence[bool]) -> list[Tensor]:
         """Zero the tokens of the halo that a change of the index separates from this part."""
         rank, size = self.length_split.rank, self.length_split.size
         edges = self.length_split.all_gather(torch.cat([seq_idx[:, :halo], seq_idx[:, -halo:]], dim=1))
