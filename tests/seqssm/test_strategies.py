@@ -20,7 +20,6 @@ seed_everything: 3
 trainer:
   accelerator: cpu
   precision: 64-true
-  max_steps: 5
   max_epochs: 1
   limit_val_batches: 2
   num_sanity_val_steps: 0
@@ -37,11 +36,11 @@ model:
     kmer: 3
 data:
   class_path: SimulatedGenomes
-  init_args: {{chromosome_bp: 4000, window_bp: 101, windows_per_epoch: 40, batch_size: {batch}}}
+  init_args: {{chromosome_bp: 4000, window_bp: 101, windows_per_epoch: 20, batch_size: {batch}}}
 """
 
 
-def fit(folder: Path, *options: str, batch: int = 4, timeout: float = 240) -> subprocess.CompletedProcess:
+def fit(folder: Path, *options: str, batch: int = 4, timeout: float = 400) -> subprocess.CompletedProcess:
     """Run ``seqssm fit`` in a process of its own; a strategy starts the others."""
     folder.mkdir()
     (folder / "own.yaml").write_text(CONFIG.format(folder=folder, batch=batch))
@@ -61,6 +60,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_parallel_training_equals_one_process(tmp_path: Path) -> None:
     """Five steps in float64: one process with a batch of 4, two that share each sequence, two that share the batch."""
     runs = {
@@ -84,11 +84,12 @@ def test_parallel_training_equals_one_process(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_lost_process_stops_all_and_leaves_the_checkpoint_whole(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     lose = ["--trainer.callbacks+=lost_rank.LoseRank", "--trainer.callbacks.rank=1", "--trainer.callbacks.batch=3"]
     context = ["--config", "trainer/context_parallel", "--trainer.devices", "2"]
-    result = fit(folder, *context, *lose, timeout=200)
+    result = fit(folder, *context, *lose)
     assert result.returncode != 0
     assert "the device fell off the bus" in result.stderr
     content = torch.load(folder / "last.ckpt", weights_only=True)
