@@ -25,6 +25,7 @@ TOOLS = {
     "tag": "say what is heard in audio files or a live stream, and when, with a trained tagger",
     "transcribe": "write down what is said in audio files or a live stream, with a trained recogniser",
     "evaluate": "score a checkpoint on held-out data, with intervals, beside honest baselines",
+    "plan": "predict the memory, speed and longest length of a training run",
     "bench": "time the kernels and models on this machine",
 }
 TRAINER_COMMANDS = {

@@ -26,7 +26,9 @@ def split_classifier(task: DNAClassification, split: LengthSplit) -> None:
     if task.embedding.places is not None:
         raise UserError("model.positions are for short windows: set them to 0, or do not split the length")
     if task.chunk_length:
-        raise UserError("model.chunk_length trains long sequences on one device: set it to 0, or do not split the length")
+        raise UserError(
+            "model.chunk_length trains long sequences on one device: set it to 0, or do not split the length"
+        )
     split_mixers(task.backbone, split)
 
 

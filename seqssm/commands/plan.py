@@ -1,4 +1,4 @@
-"""Predict the peak memory, the speed and the longest length of a training run, from a few short steps on this device."""
+"""Predict the peak memory, speed and longest length of a training run, from a few short steps on this device."""
 
 from __future__ import annotations
 
@@ -30,19 +30,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="lengths to measure at; default: an eighth, a quarter and three eighths of --length",
     )
     parser.add_argument("--check", action="store_true", help="also run the length itself: predicted beside real")
-    parser.add_argument("overrides", nargs="*", help="settings of the config, after --: -- --model.backbone.d_model 256")
+    parser.add_argument(
+        "overrides", nargs="*", help="settings of the config, after --: -- --model.backbone.d_model 256"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     import math
+    import warnings
 
+    from jsonargparse import ArgumentError
     from rich.console import Console
     from rich.table import Table
 
     from seqssm.commands.trainer import TaskCLI
     from seqssm.longcontext.planning import make_plan, measure
 
-    cli = TaskCLI(_arguments(args), run=False)
+    # The arguments are handed over explicitly, whatever sys.argv holds.
+    warnings.filterwarnings("ignore", message="LightningCLI.s args parameter.*")
+    try:
+        cli = TaskCLI(_arguments(args), run=False)
+    except ArgumentError as error:
+        raise UserError(
+            " ".join(line.strip(" -\t") for line in str(error.message).splitlines() if line.strip())
+        ) from error
     trainer, task, data = cli.trainer, cli.model, cli.datamodule
     device = trainer.strategy.root_device
     length, multiple, unit = _length(args.length, task, data)
@@ -118,7 +129,8 @@ def _length(asked: int | None, task: Any, data: Any) -> tuple[int, int, str]:
 
 def make_batch(task: Any, batch_size: int, length: int, device: torch.device) -> Any:
     """A batch of random sequences of one length, as the data of the task would give it, on the device."""
-    from seqssm.data import AudioBatch, DNABatch
+    from seqssm.data import DNABatch
+    from seqssm.data.audio.batches import AudioBatch
     from seqssm.tasks.dna import DNAClassification
 
     classes = len(task.labels)
