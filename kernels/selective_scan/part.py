@@ -41,9 +41,7 @@ def scan_part(
     Returns:
         y (b, l, d) and the state after this part (b, d, n), with gradients.
     """
-    return _ScanPart.apply(  # type: ignore[no-any-return]
-        join, delta_softplus, reverse, seq_idx, u, delta, A, B, C, D, z, delta_bias
-    )
+    return _ScanPart.apply(join, delta_softplus, reverse, seq_idx, u, delta, A, B, C, D, z, delta_bias)
 
 
 def _decay(A: Tensor, total_steps: Tensor) -> Tensor:

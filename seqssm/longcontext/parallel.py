@@ -83,7 +83,7 @@ class LengthSplit:
         """
         if x.is_complex():
             return torch.view_as_complex(self.gather(torch.view_as_real(x)))
-        return _Gather.apply(x, self)  # type: ignore[no-any-return]
+        return _Gather.apply(x, self)
 
     def all_gather(self, x: Tensor) -> Tensor:
         """:meth:`gather` without gradients."""
@@ -142,7 +142,7 @@ class SplitOperations(Operations):
     def __init__(self, length_split: LengthSplit) -> None:
         self.length_split = length_split
 
-    def causal_conv1d(  # type: ignore[override]
+    def causal_conv1d(
         self,
         x: Tensor,
         weight: Tensor,
@@ -162,7 +162,7 @@ class SplitOperations(Operations):
         options: dict[str, Any] = {"activation": activation, "seq_idx": seq_idx, "backend": backend}
         return causal_conv1d(x, weight, bias, initial_state=initial_state, reverse=reverse, **options)
 
-    def selective_scan(  # type: ignore[override]
+    def selective_scan(
         self,
         u: Tensor,
         delta: Tensor,
@@ -191,7 +191,8 @@ class SplitOperations(Operations):
 
             def join(own: Tensor, decay: Tensor, backward: bool) -> Tensor:
                 ways = [way != backward for way in directions]
-                return self._combine(*self.length_split.all_gather(torch.stack([own, decay])).unbind(1), ways, meeting)
+                owns, decays = self.length_split.all_gather(torch.stack([own, decay])).unbind(1)
+                return self._combine(owns, decays, ways, meeting)
 
             return scan_part(u, delta, A, B, C, D, z, delta_bias, delta_softplus, seq_idx, directions, join)
         options: dict[str, Any] = {
@@ -207,7 +208,7 @@ class SplitOperations(Operations):
         entering = self.enter(end, decay, seq_idx=seq_idx, reverse=directions)
         return selective_scan(u, delta, A, B, C, D, z, initial_state=entering, **options)
 
-    def ssd(  # type: ignore[override]
+    def ssd(
         self,
         x: Tensor,
         dt: Tensor,

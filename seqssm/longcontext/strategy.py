@@ -38,7 +38,7 @@ class ContextParallelStrategy(DDPStrategy):
         super().__init__(timeout=timedelta(minutes=timeout_minutes), **kwargs)
         self.context = context
         self._length_split: LengthSplit | None = None
-        self._data_group: dist.ProcessGroup | None = None
+        self._data_group: Any = None
 
     def setup_environment(self) -> None:
         context = self._context()
@@ -51,7 +51,7 @@ class ContextParallelStrategy(DDPStrategy):
         world = self.num_nodes * self.num_processes
         # Every process must make every group, in the same order.
         for first in range(0, world, context):
-            group = dist.new_group(list(range(first, first + context)), timeout=self._timeout)
+            group: Any = dist.new_group(list(range(first, first + context)), timeout=self._timeout)
             if first <= self.global_rank < first + context:
                 self._length_split = LengthSplit(group)
         for position in range(context):
