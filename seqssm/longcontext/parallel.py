@@ -17,6 +17,7 @@ of them, the *mean* of the parameters' gradients over the processes, as
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -109,7 +110,9 @@ def lost_peers_named() -> Iterator[None]:
     except RuntimeError as error:
         if not is_lost_peer(error):
             raise
-        raise UserError(LOST.format(reason=str(error).splitlines()[0].strip())) from error
+        # "[file of the library:line] Connection closed by peer [address]. Advice ..."
+        reason = re.sub(r"^\[[^\]]*\]\s*", "", str(error).splitlines()[0]).split(". ")[0]
+        raise UserError(LOST.format(reason=reason)) from error
 
 
 def is_lost_peer(error: BaseException) -> bool:

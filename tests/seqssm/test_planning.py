@@ -1,11 +1,17 @@
 """Plans: lines through measured steps, and the command against a real step on the CPU."""
 
+import lightning.pytorch as pl
 import pytest
 import torch
 
+from seqssm.backbone import BackboneConfig
 from seqssm.cli import main
+from seqssm.commands.plan import make_batch, make_step
+from seqssm.data.features import FeatureConfig
 from seqssm.errors import UserError
 from seqssm.longcontext.planning import Plan, Sample, make_plan
+from seqssm.tasks.dna import DNAClassification
+from seqssm.tasks.tagging import AudioTagging
 
 MIB = 2**20
 
@@ -35,6 +41,22 @@ def test_measured_memory_of_a_known_step() -> None:
 def test_too_few_lengths() -> None:
     with pytest.raises(UserError, match="two lengths to measure at"):
         make_plan(lambda length: None, [8, 8], torch.device("cpu"))
+
+
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_steps_train_the_task_they_are_for(multi_label: bool) -> None:
+    trainer = pl.Trainer(accelerator="cpu", logger=False, precision="bf16-mixed", gradient_clip_val=1.0)
+    config = BackboneConfig(d_model=8, n_layers=1)
+    tasks = [AudioTagging(["a", "b", "c"], multi_label, FeatureConfig(n_mels=16), config)]
+    tasks += [DNAClassification(["a", "b", "c"], config, patch=2)]
+    for task in tasks:
+        seen = []
+        task.register_forward_hook(lambda module, inputs, logits, seen=seen: seen.append((inputs[0].shape, logits)))
+        make_step(trainer, task, lambda length, task=task: make_batch(task, 4, length, torch.device("cpu")))(32)
+        (shape, logits) = seen[0]
+        assert shape[:2] == (4, 32)
+        assert logits.shape == (4, 3)
+        assert logits.requires_grad
 
 
 @pytest.mark.slow
