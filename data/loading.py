@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 
@@ -13,6 +14,12 @@ def shuffled_rounds(pool: np.ndarray, first: int, count: int, key: tuple[int, ..
     order = [pool[np.random.default_rng([*key, r, 1]).permutation(len(pool))] for r in rounds]
     skip = first - rounds.start * len(pool)
     return np.concatenate(order)[skip : skip + count]
+
+
+def data_rank(trainer: Trainer | None) -> tuple[int, int]:
+    """Which share of the data this process takes, of how many: processes that work on the same items have one."""
+    shares = None if trainer is None else trainer.distributed_sampler_kwargs
+    return (shares["rank"], shares["num_replicas"]) if shares else (0, 1)
 
 
 class EpochSampler(DistributedSampler[int]):

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from seqssm.data.dna.sampling import DNABatch
-from seqssm.data.loading import EpochSampler, ResumableLoader, ShardSampler
+from seqssm.data.loading import EpochSampler, ResumableLoader, ShardSampler, data_rank
 from seqssm.errors import UserError
 
 SPLITS = {"train": 0, "val": 1, "test": 2}
@@ -141,7 +141,7 @@ class SyntheticDataModule(LightningDataModule, ABC):
         return DataLoader(dataset, sampler=ShardSampler(dataset, ranks, rank), **self._loader_arguments())
 
     def _rank(self) -> tuple[int, int]:
-        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+        return data_rank(self.trainer)
 
     def _loader_arguments(self) -> dict[str, Any]:
         workers = self.num_workers

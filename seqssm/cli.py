@@ -26,6 +26,7 @@ TOOLS = {
     "transcribe": "write down what is said in audio files or a live stream, with a trained recogniser",
     "serve": "transcribe live clients over WebSockets, with a page for the microphone",
     "evaluate": "score a checkpoint on held-out data, with intervals, beside honest baselines",
+    "plan": "predict the memory, speed and longest length of a training run",
     "bench": "time the kernels and models on this machine",
 }
 TRAINER_COMMANDS = {

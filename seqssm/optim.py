@@ -10,6 +10,17 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 
+def remember_shapes(module: nn.Module) -> None:
+    """Note which parameters are matrices, for :func:`parameter_groups` after a strategy has sharded them: flat shards
+    all look like vectors."""
+    for submodule in module.modules():
+        matrices = {name for name, parameter in submodule.named_parameters(recurse=False) if parameter.ndim >= 2}
+        object.__setattr__(submodule, _MATRICES, matrices)
+
+
+_MATRICES = "_matrices_before_sharding"
+
+
 def parameter_groups(module: nn.Module, weight_decay: float, *, decay_embeddings: bool = True) -> list[dict[str, Any]]:
     """Split the trainable parameters in two groups for an optimizer: matrices that decay, and all that must not.
 
@@ -29,12 +40,14 @@ def parameter_groups(module: nn.Module, weight_decay: float, *, decay_embeddings
     seen: set[int] = set()
     for submodule in module.modules():
         exempt = getattr(submodule, "no_weight_decay", ())
+        matrices = getattr(submodule, _MATRICES, None)
         embedding = isinstance(submodule, nn.Embedding) and not decay_embeddings
         for name, parameter in submodule.named_parameters(recurse=False):
             if not parameter.requires_grad or id(parameter) in seen:
                 continue
             seen.add(id(parameter))
-            (keep if parameter.ndim < 2 or name in exempt or embedding else decay).append(parameter)
+            matrix = parameter.ndim >= 2 if matrices is None else name in matrices
+            (decay if matrix and name not in exempt and not embedding else keep).append(parameter)
     groups = [{"params": decay, "weight_decay": weight_decay}, {"params": keep, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 

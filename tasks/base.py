@@ -18,7 +18,8 @@ import seqssm
 from seqssm import hub
 from seqssm.backbone import BackboneConfig
 from seqssm.errors import UserError
-from seqssm.optim import parameter_groups, warmup_cosine
+from seqssm.longcontext.parallel import LengthSplit
+from seqssm.optim import parameter_groups, remember_shapes, warmup_cosine
 
 CHECKPOINT_KEY = "seqssm"
 T = TypeVar("T", bound="Task")
@@ -107,7 +108,21 @@ class Task(pl.LightningModule):
             f"not used: {', '.join(unused) or 'none'}"
         )
 
+    def split_length(self, split: LengthSplit) -> None:
+        """Run sequences whose length is split over processes, from now on; a strategy calls it before training.
+
+        Raises:
+            UserError: the task, or this model of it, cannot.
+        """
+        raise UserError(
+            f"{type(self).__name__} cannot have the length of its sequences split over processes: "
+            "use another strategy, such as --trainer.strategy ddp"
+        )
+
     # ---- training ----------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        remember_shapes(self)
 
     def configure_optimizers(self) -> Any:
         c = self.optimizer_config

@@ -24,8 +24,10 @@ from seqssm.data import DNABatch
 from seqssm.data.dna.alphabet import reverse_complement
 from seqssm.errors import UserError
 from seqssm.longcontext.chunked import check_chunkable, fold_backbone
+from seqssm.longcontext.parallel import LengthSplit
 from seqssm.tasks.base import OptimizerConfig, Task
 from seqssm.tasks.dna_layers import Pooling, PoolingMode, SequenceEmbedding
+from seqssm.tasks.dna_parts import pool_part, split_classifier
 
 
 class DNAClassification(Task):
@@ -153,7 +155,9 @@ class DNAClassification(Task):
         Returns:
             (b, c) float32 logits. Padding and neighbours in the batch do not change them.
         """
-        if 0 < self.chunk_length < tokens.shape[1]:
+        if self._split is not None:
+            pooled = pool_part(self, tokens, lengths, self._split)
+        elif 0 < self.chunk_length < tokens.shape[1]:
             pooled = self._pool_chunks(tokens, lengths)
         else:
             pooled = self._pool(tokens, lengths)
@@ -214,6 +218,12 @@ class DNAClassification(Task):
                 "this model was made for aligned windows (model.pool_bins or model.positions) and says nothing of a "
                 "place in a long sequence; train one with model.pool_bins: 1 and model.positions: 0"
             )
+
+    def split_length(self, split: LengthSplit) -> None:
+        split_classifier(self, split)
+        self._split = split
+
+    _split: LengthSplit | None = None
 
     def predict_proba(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         """(b, c) float32 probabilities, averaged over both strands if the task says so."""

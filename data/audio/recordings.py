@@ -17,6 +17,7 @@ from seqssm.data.audio.layouts import Clip
 from seqssm.data.audio.reading import AUDIO_SUFFIXES
 from seqssm.data.audio.store import ClipStore, decode, with_statistics
 from seqssm.data.features import FeatureConfig
+from seqssm.data.loading import data_rank
 from seqssm.errors import UserError
 
 
@@ -138,7 +139,7 @@ class RecordingsDataModule(LightningDataModule, Generic[Split, Training, Said]):
         return [decode(Clip(file, ()), self.settings["features"].sample_rate)[0] for file in files]
 
     def _rank(self) -> tuple[int, int]:
-        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+        return data_rank(self.trainer)
 
     def _loader_arguments(self) -> dict[str, Any]:
         workers = self.settings["num_workers"]

@@ -21,7 +21,7 @@ from seqssm.data.dna.sampling import (
 from seqssm.data.dna.sources import Layout, Listing, list_sources
 from seqssm.data.dna.splits import SplitPlan
 from seqssm.data.dna.warmup import LengthWarmUp, collate_items, window_lengths
-from seqssm.data.loading import EpochSampler, ResumableLoader, ShardSampler
+from seqssm.data.loading import EpochSampler, ResumableLoader, ShardSampler, data_rank
 from seqssm.errors import UserError
 
 
@@ -312,7 +312,7 @@ class DNADataModule(LightningDataModule):
         return DataLoader(dataset, batch_size=batch_size, sampler=sampler, **self._loader_arguments())
 
     def _rank(self) -> tuple[int, int]:
-        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+        return data_rank(self.trainer)
 
     def _loader_arguments(self) -> dict[str, Any]:
         workers = self.settings["num_workers"]

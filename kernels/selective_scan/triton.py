@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Callable
 
 import torch
 import triton
@@ -23,6 +24,8 @@ _SEGMENT, _SHORTEST_SEGMENT = 256, 64
 _ENOUGH_PROGRAMS = 4096
 # Bytes for the states entering each tile: the backward pass takes the length in slabs that fit.
 _HISTORY_BYTES = 256 << 20
+# The same for a part of a sequence, where a second slab means that the history is made twice.
+_PART_HISTORY_BYTES = 2 << 30
 # Registers a thread may have in each kernel, which set how many warps a multiprocessor holds; None leaves it open, as
 # resets do in the backward pass, which would spill.
 _SUMMARY_REGISTERS: int | None = 80
@@ -35,6 +38,10 @@ _SUMMARY_UNROLL, _SCAN_UNROLL, _HISTORY_UNROLL = 2, 2, 1
 _PREFETCH = 0 if _INTERPRET else 2
 # Whether dB and dC of bfloat16 inputs are summed over channels on the tensor cores.
 _TENSOR_CORE_SUMS = True
+
+# From what a part of a sequence yields by itself, (b, d, n), and its total step size, (b, d), infinite where a reset
+# cuts the past off, to what enters it, (b, d, n) float32.
+Join = Callable[[Tensor, Tensor], Tensor]
 
 
 def forward(
@@ -51,10 +58,12 @@ def forward(
     seq_idx: Tensor | None,
     reverse: tuple[bool, ...],
     save_states: bool,
+    join: Join | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y (b, l, d), the final state (b, d, n) and the states entering every CHUNK tokens.
 
-    The latter have the shape (b, chunks, d, n) but lie in memory as ``backward`` reads them, (b, chunks, n, d).
+    The latter have the shape (b, chunks, d, n) but lie in memory as ``backward`` reads them, (b, chunks, n, d). With
+    ``join`` the tokens are a part of a sequence: the initial state is what it makes of the part's own end.
     """
     b, l, d = u.shape
     n = A.shape[1]
@@ -69,17 +78,18 @@ def forward(
     while segment > _SHORTEST_SEGMENT and programs * triton.cdiv(l, segment) < _ENOUGH_PROGRAMS:
         segment //= 2
     segments = triton.cdiv(l, segment)
+    ends = segments + (join is not None)  # a part's own end is the state that enters one more segment, without tokens
     A2 = _transposed_log2(A)
-    carry = _float32(b, segments, n, d, like=u, spare=d)
+    carry = _float32(b, ends, n, d, like=u, spare=d)
     initial_state = _contiguous32(initial_state)
     whole = l % _TILE == 0 and d // g % block == 0
     with use_device(u):
         packed, tiles = _pack(B, C, 0, l, l, mask, _TILE)
-        total_steps = _float32(b, segments, d, like=u)
+        total_steps = _float32(b, ends, d, like=u)
 
-        def scan(segments_to_scan: int, summary: bool) -> None:
+        def scan(segments: int, summary: bool) -> None:
             unroll = _SUMMARY_UNROLL if summary else _SCAN_UNROLL
-            scan_kernel[(programs * segments_to_scan,)](
+            scan_kernel[(programs * (segments - 1 if summary else segments),)](
                 u, delta, z, y, packed, A2, D, delta_bias, carry, total_steps, initial_state, final_state,
                 states if save_states and segments == 1 else None, seq_idx,
                 *u.stride(), *delta.stride(), *strides(z, 3), *strides(seq_idx, 2),
@@ -89,8 +99,15 @@ def forward(
                 num_warps=1, maxnreg=_SUMMARY_REGISTERS if summary else _SCAN_REGISTERS,
             )  # fmt: skip
 
+        if ends > 1:
+            scan(ends, True)
+        if join is not None:
+            own = carry.clone()
+            _pass_states(own, total_steps, A2, None, None, None, ends, 1)
+            initial_state = _contiguous32(join(own[:, -1].mT.contiguous(), total_steps[:, :-1].sum(1)))
+            total_steps = total_steps[:, :-1].contiguous()
+            carry = _float32(b, segments, n, d, like=u, spare=d).copy_(carry[:, :-1])
         if segments > 1:
-            scan(segments - 1, True)
             saved = states if save_states else None
             _pass_states(carry, total_steps, A2, initial_state, None, saved, segments, CHUNK // segment)
         scan(segments, False)
@@ -115,11 +132,13 @@ def backward(
     reverse: tuple[bool, ...],
     dz: Tensor | None = None,
     y: Tensor | None = None,
+    join: Join | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of u, delta, A, B, C, D, z, delta_bias and initial_state; slabs of chunks, last to first.
 
     With z, the gradient of z goes into ``dz``, of any strides, where it is given, and ``y`` (contiguous) takes the
-    output of the forward pass, which is at hand on the way.
+    output of the forward pass, which is at hand on the way. With ``join`` the tokens are a part of a sequence: what it
+    makes of the gradient that the part gives to the state entering it comes on top of ``dfinal_state``.
     """
     b, l, d = u.shape
     n = A.shape[1]
@@ -128,7 +147,8 @@ def backward(
     tile, block = _TILE, _fit_block(d // g)
     whole = l % tile == 0 and d // g % block == 0
     chunks = triton.cdiv(l, CHUNK)
-    slab = max(1, min(chunks, _HISTORY_BYTES // (4 * b * (CHUNK // tile) * n * d)))
+    room = _HISTORY_BYTES if join is None else _PART_HISTORY_BYTES
+    slab = max(1, min(chunks, room // (4 * b * (CHUNK // tile) * n * d)))
     A2 = _transposed_log2(A)
     du, ddelta = (torch.empty(u.shape, dtype=x.dtype, device=u.device) for x in (u, delta))
     if dz is None and z is not None:
@@ -141,28 +161,42 @@ def backward(
     total_steps, dD, dbias = (_float32(b, slab, d, like=u) for _ in range(3))
     dpacked = _float32(b, g, blocks, slab * (CHUNK // tile), n, 2, tile, like=u)
     dstate = dfinal_state.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+    all_strides = (*u.stride(), *delta.stride(), *strides(z, 3), *dy.stride(), *strides(seq_idx, 2))
+    # From the last slab to the first, which takes the odd rest: what it adds to is there by then.
+    slabs = [(max(0, end - slab), min(slab, end)) for end in range(chunks, 0, -slab)]  # (first chunk, chunks)
+
+    def make_history(first: int, count: int) -> tuple[Tensor, int]:
+        packed, tiles = _pack(B, C, first * CHUNK, count * CHUNK, l, mask, tile)
+        history_kernel[(b * count * g * blocks,)](
+            u, delta, z, dy, packed, A2, D, delta_bias, states, history, adjoint, total_steps, seq_idx, dz, y,
+            *all_strides, *strides(dz, 3),
+            l, d, d // g, g, n, first, chunks, count, mask,
+            SOFTPLUS=delta_softplus, WHOLE=whole, CHUNK=CHUNK,
+            TILE=tile, BLOCK=block, UNROLL=_HISTORY_UNROLL if n % _HISTORY_UNROLL == 0 else 1,
+            PREFETCH=_PREFETCH,
+            num_warps=1, maxnreg=_HISTORY_REGISTERS if seq_idx is None else None,
+        )  # fmt: skip
+        return packed, tiles
+
     with use_device(u):
-        # From the last slab to the first, which takes the odd rest: what it adds to is there by then.
-        for end in range(chunks, 0, -slab):
-            count = min(slab, end)
-            first = end - count
-            packed, tiles = _pack(B, C, first * CHUNK, count * CHUNK, l, mask, tile)
+        made: tuple[Tensor, int] | None = None
+        if join is not None:
+            own, total = dstate.clone(), torch.zeros_like(total_steps[:, 0])
+            for first, count in slabs:
+                made = make_history(first, count)
+                # With one slab, its history and what its chunks yield serve again below.
+                passing = adjoint.clone() if len(slabs) == 1 else adjoint
+                _pass_states(passing, total_steps, A2, own, own, None, count, 1, backward=True)
+                total += total_steps.flatten(0, 1)[: b * count].unflatten(0, (b, count)).sum(1)
+            dstate += join(own, total)
+        for first, count in slabs:
+            packed, tiles = made if made is not None and len(slabs) == 1 else make_history(first, count)
             inputs = (u, delta, z, dy, packed, A2)
-            all_strides = (*u.stride(), *delta.stride(), *strides(z, 3), *dy.stride(), *strides(seq_idx, 2))
             grid = (b * count * g * blocks,)
-            history_kernel[grid](
-                *inputs, D, delta_bias, states, history, adjoint, total_steps, seq_idx, dz, y, *all_strides,
-                *strides(dz, 3),
-                l, d, d // g, g, n, first, chunks, count, mask,
-                SOFTPLUS=delta_softplus, WHOLE=whole, CHUNK=CHUNK,
-                TILE=tile, BLOCK=block, UNROLL=_HISTORY_UNROLL if n % _HISTORY_UNROLL == 0 else 1,
-                PREFETCH=_PREFETCH,
-                num_warps=1, maxnreg=_HISTORY_REGISTERS if seq_idx is None else None,
-            )  # fmt: skip
             _pass_states(adjoint, total_steps, A2, dstate, dstate, None, count, 1, backward=True)
             gradient_kernel[grid](
                 *inputs, D, delta_bias, history, adjoint, seq_idx, du, ddelta, dpacked, dA, dD, dbias, *all_strides,
-                l, d, d // g, g, n, first, count, int(end < chunks), mask,
+                l, d, d // g, g, n, first, count, int(first + count < chunks), mask,
                 SOFTPLUS=delta_softplus, WHOLE=whole, CHUNK=CHUNK,
                 TILE=tile, BLOCK=block, UNROLL=1, PREFETCH=_PREFETCH, **_warp_sums(tile, block, B.dtype, C.dtype),
                 num_warps=1, maxnreg=_GRADIENT_REGISTERS if seq_idx is None else None,

@@ -32,9 +32,14 @@ HOW_NOT_WHAT = ("thresholds", "chunk_length", "chunk_offload")
 
 
 class TaskCLI(LightningCLI):
-    """``seqssm fit|validate|test|predict``: any :class:`Task` with any DataModule, from YAML and the command line."""
+    """``seqssm fit|validate|test|predict``: any :class:`Task` with any DataModule, from YAML and the command line.
 
-    def __init__(self, args: list[str]) -> None:
+    Args:
+        args: the command and its arguments; the arguments alone without ``run``.
+        run: run the command, or only make the trainer, the model and the data that the arguments ask for.
+    """
+
+    def __init__(self, args: list[str], run: bool = True) -> None:
         self._command_line = shlex.join(["seqssm", *args])
         strict = {"exit_on_error": False}
         super().__init__(
@@ -50,6 +55,7 @@ class TaskCLI(LightningCLI):
                 "logger": {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "runs"}}
             },
             args=args,
+            run=run,
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -66,6 +72,8 @@ class TaskCLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Refuse a checkpoint that disagrees with the config, where Lightning lets the checkpoint win in silence."""
+        if not self.config.get("subcommand"):
+            return
         path = self.config[self.config.subcommand].get("ckpt_path")
         if not path or not Path(path).is_file():
             return

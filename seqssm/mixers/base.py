@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seqssm.kernels.rms_norm.op import add_rms_norm
+from seqssm.mixers.operations import WHOLE, Operations
 
 State = dict[str, Tensor]
 
@@ -76,6 +77,7 @@ class Mixer(nn.Module):
     Attributes:
         causal: whether an output depends on its past alone, so that a state can be carried.
         backend: the kernels' backend, as in :func:`seqssm.kernels.selective_scan.selective_scan`.
+        operations: the kernels, or what runs them over a sequence of which this process holds a part.
         recurrent: whether reading the other way needs a second run (attention looks both ways in one).
         state_keys: the keys of its state.
         shared_modules: submodules that the two directions of a tied bidirectional layer have in common.
@@ -94,6 +96,7 @@ class Mixer(nn.Module):
         self.d_model = d_model
         self.causal = True
         self.backend = "auto"
+        self.operations: Operations = WHOLE
 
     def forward(
         self, x: Tensor, state: State | None = None, *, seq_idx: Tensor | None = None, reverse: bool = False

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seqssm.kernels.causal_conv1d.op import causal_conv1d, causal_conv1d_step
+from seqssm.kernels.causal_conv1d.op import causal_conv1d_step
 from seqssm.kernels.mamba_step.op import mamba_step
-from seqssm.kernels.selective_scan.op import selective_scan, selective_scan_step
+from seqssm.kernels.selective_scan.op import selective_scan_step
 from seqssm.mixers import mamba_layer
 from seqssm.mixers.base import (
     Mixer,
@@ -178,7 +178,7 @@ def _run(
     directions = stream_directions(strands, len(mixers), reverse)
     u, z = project_streams(x, [m.in_proj for m in mixers], (e, e), strands)  # (b, l, s·e) each
     bias = None if first.conv1d.bias is None else join([m.conv1d.bias for m in mixers], strands)  # type: ignore[misc]
-    u, conv = causal_conv1d(
+    u, conv = first.operations.causal_conv1d(
         u,
         join([m.conv1d.weight.squeeze(1) for m in mixers], strands),
         bias,
@@ -197,7 +197,7 @@ def _run(
         weight = torch.block_diag(*(m.dt_proj.weight for m in mixers))
         delta = F.linear(selected[..., :r].flatten(3), weight).flatten(2)
         selected = selected.flatten(2, 3)
-    y, scan = selective_scan(
+    y, scan = first.operations.selective_scan(
         u,
         delta,
         -torch.exp(join([m.A_log for m in mixers], strands)),

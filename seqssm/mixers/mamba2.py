@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seqssm.errors import UserError
-from seqssm.kernels.causal_conv1d.op import causal_conv1d, causal_conv1d_step
+from seqssm.kernels.causal_conv1d.op import causal_conv1d_step
 from seqssm.kernels.rms_norm.op import add_rms_norm
-from seqssm.kernels.ssd.op import ssd, ssd_step
+from seqssm.kernels.ssd.op import ssd_step
 from seqssm.mixers import convolved_projection
 from seqssm.mixers.base import (
     Mixer,
@@ -105,13 +105,13 @@ class Mamba2(Mixer):
             return self.step(x[:, 0], state).unsqueeze(1), state
         e, gn = self.d_inner, self.ngroups * self.d_state
         sizes = (e, gn, gn)
-        if convolved_projection.available(self.backend, x):
+        if not self.operations.split and convolved_projection.available(self.backend, x):
             z, (u, B, C), dt, conv = convolved_projection.run(
                 x, self.in_proj, self.conv1d, e, sizes, None if state is None else state["conv"], seq_idx, reverse
             )
         else:
             z, xBC, dt = self.in_proj(x).split([e, e + 2 * gn, self.heads], dim=-1)
-            xBC, conv = causal_conv1d(
+            xBC, conv = self.operations.causal_conv1d(
                 xBC,
                 self.conv1d.weight.squeeze(1),
                 self.conv1d.bias,
@@ -151,7 +151,8 @@ class Mamba2(Mixer):
             if biases[0] is not None:
                 bias = torch.cat([join([b[part] for b in biases if b is not None], strands) for part in parts])
             way = directions * len(parts)
-            return causal_conv1d(inputs, weight, bias, seq_idx=seq_idx, reverse=way, backend=self.backend)[0]
+            convolution = self.operations.causal_conv1d
+            return convolution(inputs, weight, bias, seq_idx=seq_idx, reverse=way, backend=self.backend)[0]
 
         u = convolve([0], u)
         B, C = convolve([1, 2], torch.cat([B, C], dim=-1)).chunk(2, dim=-1)
@@ -195,7 +196,7 @@ def _scan(
 ) -> tuple[Tensor, Tensor]:
     """The gated scan and its norm over all streams: u, z (b, l, s·e), dt (b, l, s·h), B, C (b, l, s·g·n)."""
     first = mixers[0]
-    y, state = ssd(
+    y, state = first.operations.ssd(
         u.unflatten(-1, (-1, first.headdim)),
         dt,
         -torch.exp(join([m.A_log for m in mixers], strands)),

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 def available(mixer: Mamba, x: Tensor) -> bool:
     """Whether :func:`run` takes x: it is made for the Triton kernels, and the compiler would not see through it."""
-    if torch.compiler.is_compiling() or x.dtype == torch.float64:
+    if torch.compiler.is_compiling() or x.dtype == torch.float64 or mixer.operations.split:
         return False
     return dispatch.choose_backend("selective_scan", mixer.backend, x) == "triton"
 

@@ -69,7 +69,7 @@ class S4D(Mixer):
             state = {"scan": state["scan"].clone()}
             return self.step(x[:, 0], state).unsqueeze(1), state
         initial = None if state is None else torch.view_as_complex(state["scan"])
-        y, u, system = self._mix(x, initial, seq_idx, reverse)
+        y, u, system, initial = self._mix(x, initial, seq_idx, reverse)
         with torch.autocast(x.device.type, enabled=False):
             final = _final_state(system, u, initial, seq_idx, reverse)
         return y, {"scan": torch.view_as_real(final)}
@@ -88,12 +88,14 @@ class S4D(Mixer):
 
     def _mix(
         self, x: Tensor, initial: Tensor | None, seq_idx: Tensor | None, reverse: bool
-    ) -> tuple[Tensor, Tensor, _System]:
-        """The output (b, l, d), and at full precision the system and its input u (b, l, e)."""
+    ) -> tuple[Tensor, Tensor, _System, Tensor | None]:
+        """The output (b, l, d), and at full precision the input u (b, l, e), the system, and the state that enters."""
         projected, z = self.in_proj(x).chunk(2, dim=-1)
         u = projected.to(self.D.dtype)
         with torch.autocast(x.device.type, enabled=False):
             system = self._system(x.shape[1])
+            if initial is None and self.operations.split:
+                initial = self._enter(system, u, seq_idx, reverse)
             if seq_idx is None:
                 y = _convolve(system, u, initial, reverse)
             elif reverse:
@@ -101,7 +103,15 @@ class S4D(Mixer):
             else:
                 y = _convolve_segments(system, u, initial, seq_idx)
             y = torch.addcmul(y, u, self.D)
-        return self.out_proj(y.to(projected.dtype) * F.silu(z)), u, system
+        return self.out_proj(y.to(projected.dtype) * F.silu(z)), u, system, initial
+
+    def _enter(self, system: _System, u: Tensor, seq_idx: Tensor | None, reverse: bool) -> Tensor:
+        """(b, e, n/2): the state at the first token in reading order, where other processes hold what comes before."""
+        end = _final_state(system, u, None, seq_idx, reverse)
+        decay = system.power(u.shape[1]).expand_as(end)
+        if seq_idx is not None:
+            decay = decay * last_segment(seq_idx)[1][:, None, None]
+        return self.operations.enter(end, decay, seq_idx=seq_idx, reverse=reverse)
 
     def _system(self, length: int) -> _System:
         """The discrete system (zero-order hold), with the powers of its decay that ``length`` tokens need."""

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from seqssm.backbone import BackboneConfig, LanguageModel, MixerSpec
-from seqssm.optim import parameter_groups, rate_at, warmup_cosine
+from seqssm.optim import parameter_groups, rate_at, remember_shapes, warmup_cosine
 
 
 def model() -> LanguageModel:
@@ -80,3 +80,16 @@ def test_schedules_at_their_limits():
     assert rate_at(0, 0, 10, 0.5) == 1.0
     assert rate_at(9, 0, 10, 0.5) == 0.5
     assert rate_at(3, 8, 4) == 0.5
+
+
+def test_groups_are_those_from_before_sharding() -> None:
+    module = model()
+    before = {name: parameter.ndim for name, parameter in module.named_parameters()}
+    sizes = [sum(p.numel() for p in group["params"]) for group in parameter_groups(module, 0.1)]
+    remember_shapes(module)
+    for submodule in module.modules():
+        for name, parameter in list(submodule.named_parameters(recurse=False)):
+            setattr(submodule, name, nn.Parameter(parameter.detach().flatten()))  # as FSDP leaves its shards
+    assert any(ndim > 1 for ndim in before.values())
+    assert all(parameter.ndim == 1 for parameter in module.parameters())
+    assert [sum(p.numel() for p in group["params"]) for group in parameter_groups(module, 0.1)] == sizes

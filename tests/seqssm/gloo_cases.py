@@ -1,0 +1,140 @@
+"""Runs in several gloo processes, see test_parallel.py: compares split sequences with whole ones, in each process.
+
+    python gloo_cases.py RANK SIZE RENDEZVOUS_FILE CASE...
+
+prints a line for each case that passes, and a traceback for the first that does not.
+"""
+
+import copy
+import sys
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from seqssm.backbone import Backbone, BackboneConfig, MixerSpec
+from seqssm.longcontext.parallel import LengthSplit, split_mixers
+from seqssm.tasks.dna import DNAClassification
+
+MIXERS = {
+    "m": MixerSpec(class_path="Mamba", init_args={"d_state": 4}),
+    "2": MixerSpec(class_path="Mamba2", init_args={"d_state": 4, "headdim": 8, "ngroups": 2}),
+    "s": MixerSpec(class_path="S4D", init_args={"d_state": 4}),
+}
+BACKBONES = {
+    f"{letter}-{name}": {"pattern": letter, **settings}
+    for letter in MIXERS
+    for name, settings in {
+        "causal": {},
+        "tied": {"bidirectional": "tied"},
+        "untied": {"bidirectional": "untied"},
+        "strands": {"bidirectional": "tied", "reverse_complement": True},
+    }.items()
+}
+BACKBONES["mixed"] = {"pattern": "m2s", "mlp_ratio": 1.5, "checkpoint_activations": True, "bidirectional": "tied"}
+CLASSIFIERS = {
+    "mean": {"kmer": 3, "motif": 5},
+    "last": {"pooling": "last", "causal": True},
+    "max-patch": {"pooling": "max", "patch": 4, "kmer": 5},
+    "mean-max-bins": {"pooling": "mean_max", "pool_bins": 3},
+    "strands": {"strands": True, "kmer": 3, "pool_bins": 2},
+}
+
+
+def compare(actual: Tensor, expected: Tensor, what: str) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11, msg=lambda text: f"{what}: {text}")
+
+
+def compare_gradients(module: nn.Module, whole: nn.Module, scale: float) -> None:
+    """The gradients of all processes, added up and multiplied by ``scale``, against those of one."""
+    expected = dict(whole.named_parameters())
+    for name, parameter in module.named_parameters():
+        assert parameter.grad is not None, name
+        total = parameter.grad.clone()
+        dist.all_reduce(total)
+        compare(total * scale, expected[name].grad, name)
+        assert bool(expected[name].grad.any()), f"{name} has no gradient to compare"
+
+
+def run_backbone(split: LengthSplit, name: str, packed: bool) -> None:
+    torch.manual_seed(0)
+    settings = {"d_model": 8, "n_layers": 3, "mixers": MIXERS, "backend": "torch", **BACKBONES[name]}
+    whole = Backbone(BackboneConfig(**settings)).double()
+    length = 8 * split.size + 3  # does not share out evenly
+    x = torch.randn(2, length, whole.d_out, dtype=torch.float64)
+    seq_idx = None
+    if packed:
+        # One row changes within parts and where two meet, the other nowhere.
+        meeting = length // split.size
+        seq_idx = torch.zeros(2, length, dtype=torch.int32)
+        seq_idx[0, 3:5] = 1
+        seq_idx[0, meeting:] = 2
+        seq_idx[0, length - 2 :] = 0
+    weights = torch.randn_like(x)
+    part_model = copy.deepcopy(whole)
+    split_mixers(part_model, split)
+    start, end = split.bounds(length)
+
+    x_whole = x.clone().requires_grad_()
+    y = whole(x_whole, seq_idx=seq_idx)[0]
+    (y * weights).sum().backward()
+    x_part = x[:, start:end].clone().requires_grad_()
+    y_part = part_model(x_part, seq_idx=None if seq_idx is None else seq_idx[:, start:end])[0]
+    # Each process differentiates its share of one sum.
+    (y_part * weights[:, start:end]).sum().backward()
+
+    compare(y_part, y[:, start:end], "y")
+    compare(x_part.grad, x_whole.grad[:, start:end], "dx")
+    compare_gradients(part_model, whole, 1)
+    with torch.no_grad():
+        compare(part_model(x_part, seq_idx=None if seq_idx is None else seq_idx[:, start:end])[0], y_part, "no_grad")
+
+
+def run_classifier(split: LengthSplit, name: str, ragged: bool) -> None:
+    torch.manual_seed(0)
+    settings = dict(CLASSIFIERS[name])
+    config = BackboneConfig(
+        d_model=8,
+        n_layers=2,
+        mixers=MIXERS,
+        bidirectional="none" if settings.pop("causal", False) else "tied",
+        reverse_complement=settings.pop("strands", False),
+        backend="torch",
+    )
+    whole = DNAClassification(["a", "b", "c"], config, **settings).double()
+    length = 47
+    tokens = torch.randint(0, 5, (3, length), dtype=torch.uint8)
+    lengths = torch.tensor([47, 30, 6] if ragged else [47, 47, 47])
+    for row, real in zip(tokens, lengths.tolist(), strict=True):
+        row[real:] = 5
+    labels = torch.tensor([0, 2, 1])
+    part_model = copy.deepcopy(whole)
+    part_model.split_length(split)
+    for model in (whole, part_model):
+        torch.nn.functional.cross_entropy(model(tokens, lengths), labels).backward()
+    with torch.no_grad():
+        compare(part_model(tokens, lengths), whole(tokens, lengths), "logits")
+        compare(part_model.predict_proba(tokens, lengths), whole.predict_proba(tokens, lengths), "probabilities")
+    # As DDP has it: the same loss in all processes, and the mean of their gradients.
+    compare_gradients(part_model, whole, 1 / split.size)
+
+
+def main() -> None:
+    rank, size, rendezvous, *cases = sys.argv[1:]
+    dist.init_process_group(
+        "gloo", init_method=f"file://{rendezvous}", rank=int(rank), world_size=int(size), timeout=timedelta(seconds=60)
+    )
+    torch.set_num_threads(1)
+    split = LengthSplit()
+    for case in cases:
+        kind, name, variant = case.split("/")
+        if kind == "backbone":
+            run_backbone(split, name, variant == "packed")
+        else:
+            run_classifier(split, name, variant == "ragged")
+        print("passed", case, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""Sequences split over processes equal whole ones: outputs and every gradient, over gloo on the CPU."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+SCRIPT = Path(__file__).parent / "gloo_cases.py"
+
+
+def load_cases() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("gloo_cases", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def in_processes(size: int, cases: list[str], folder: Path, timeout: float = 800) -> list[subprocess.CompletedProcess]:
+    """Run the cases in ``size`` processes that talk through gloo."""
+    command = [sys.executable, str(SCRIPT)]
+    started = [
+        subprocess.Popen(
+            [*command, str(rank), str(size), str(folder / "rendezvous"), *cases],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        for rank in range(size)
+    ]
+    try:
+        return [
+            subprocess.CompletedProcess(p.args, p.returncode, out)
+            for p in started
+            for out in (p.communicate(timeout=timeout)[0],)
+        ]
+    finally:
+        for process in started:
+            process.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_split_sequence_equals_a_whole_one(size: int, tmp_path: Path) -> None:
+    module = load_cases()
+    backbones = module.BACKBONES if size == 2 else ("m-tied", "2-tied", "s-tied", "m-causal")
+    classifiers = module.CLASSIFIERS if size == 2 else ("last", "mean-max-bins")
+    cases = [f"backbone/{name}/{variant}" for name in backbones for variant in ("plain", "packed")]
+    cases += [f"classifier/{name}/{variant}" for name in classifiers for variant in ("full", "ragged")]
+    for result in in_processes(size, cases, tmp_path):
+        assert result.returncode == 0, result.stdout[-4000:]
+        assert result.stdout.count("passed") == len(cases)
