@@ -108,7 +108,5 @@ def _autograd(ctx, dy, dtotal):  # type: ignore[no-untyped-def]
     return dx, dadded, dweight, None, None
 
 
-_forward = dispatch.define_operator("add_rms_norm", _forward_kernel, _forward_fake)
-_backward = dispatch.define_operator("add_rms_norm_backward", _backward_kernel, _backward_fake)
-torch.library.register_autograd("seqssm::add_rms_norm", _autograd, setup_context=_setup_context)
-torch.library.register_autograd("seqssm::add_rms_norm_backward", dispatch.refuse_second_derivative)
+_forward = dispatch.differentiable("add_rms_norm", _forward_kernel, _forward_fake, _setup_context, _autograd)
+_backward = dispatch.once_differentiable("add_rms_norm_backward", _backward_kernel, _backward_fake)
