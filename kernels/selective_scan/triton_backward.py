@@ -43,7 +43,7 @@ def history_kernel(
     SOFTPLUS: tl.constexpr, WHOLE: tl.constexpr, CHUNK: tl.constexpr,
     TILE: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr, PREFETCH: tl.constexpr,
 ):  # fmt: skip
-    """One chunk of CHUNK tokens, forwards: dz and, if asked for, the forward pass's y (b, l, d), the state entering each
+    """One chunk of CHUNK tokens, forwards: dz and, if asked for, the forward pass's y (b, l, d), the state entering a
     tile into ``history`` (b, slab_tiles, n, d), the gradient that the chunk gives to the state entering it into
     ``adjoint`` (b, slab_chunks, n, d), and the sum of its step sizes into ``total_steps`` (b, slab_chunks, d), infinite
     when a reset cuts the past off."""

@@ -37,7 +37,7 @@ def test_in_the_interpreter() -> None:
 @pytest.mark.parametrize("history_bytes", [1, 1 << 20])  # a slab a chunk, and all in one
 def test_parts_equal_the_whole(name: str, history_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     module = importlib.import_module("seqssm.kernels.selective_scan.triton")
-    sizes = {"CHUNK": 8, "_SEGMENT": 16, "_SHORTEST_SEGMENT": 16, "_PART_HISTORY_BYTES": history_bytes}
+    sizes = {"CHUNK": 16, "_SEGMENT": 8, "_SHORTEST_SEGMENT": 8, "_PART_HISTORY_BYTES": history_bytes}
     for attribute, value in {**sizes, "_TILE": 4, "_BLOCK": 32}.items():
         monkeypatch.setattr(module, attribute, value)
     check_parts(CASES[name], "cpu", CUTS, 16)
