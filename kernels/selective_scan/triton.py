@@ -28,16 +28,16 @@ _HISTORY_BYTES = 256 << 20
 _PART_HISTORY_BYTES = 2 << 30
 # Registers a thread may have in each kernel, which set how many warps a multiprocessor holds; None leaves it open, as
 # resets do in the backward pass, which would spill.
-_SUMMARY_REGISTERS: int | None = 80
-_SCAN_REGISTERS: int | None = 96
-_HISTORY_REGISTERS: int | None = 128
+_SUMMARY_REGISTERS: int | None = 96
+_SCAN_REGISTERS: int | None = 128
+_HISTORY_REGISTERS: int | None = None
 _GRADIENT_REGISTERS: int | None = None
 # States that a kernel takes together, where their number is a multiple of it.
 _SUMMARY_UNROLL, _SCAN_UNROLL, _HISTORY_UNROLL = 2, 2, 1
 # The cache into which a tile's memory is brought while the tile before it is computed: 1 or 2, or 0 for none.
 _PREFETCH = 0 if _INTERPRET else 2
 # Whether dB and dC of bfloat16 inputs are summed over channels on the tensor cores.
-_TENSOR_CORE_SUMS = True
+_TENSOR_CORE_SUMS = False
 
 # From what a part of a sequence yields by itself, (b, d, n), and its total step size, (b, d), infinite where a reset
 # cuts the past off, to what enters it, (b, d, n) float32.
