@@ -28,7 +28,21 @@ from seqssm.tasks.network import (
     build_expected,
     class_path,
     read_checkpoint,
+    weights_of,
 )
+
+__all__ = [
+    "CHECKPOINT_KEY",
+    "Loaded",
+    "OptimizerConfig",
+    "Task",
+    "build_task",
+    "class_path",
+    "load_task",
+    "read_checkpoint",
+    "task_class",
+    "weights_of",
+]
 
 
 @dataclass(frozen=True)

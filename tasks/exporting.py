@@ -98,7 +98,7 @@ def _halved(network: Network, tolerance: float) -> tuple[dict[str, Tensor], dict
     change = float((after - before).abs().max())
     if not change <= tolerance:  # also where it is NaN
         raise UserError(
-            f"float16 changes a probability by {change:.2g}, more than {tolerance:g}: keep float32, or raise --tolerance"
+            f"float16 changes a probability by {change:.2g}, more than {tolerance:g}: keep float32, or set --tolerance"
         )
     return weights, {"dtype": "float16", "largest_change": change, "outputs": before.numel()}
 

@@ -140,6 +140,11 @@ def read_checkpoint(checkpoint: str | Path) -> Loaded:
     return Loaded(description, content["state_dict"], description.get("data", {}))
 
 
+def weights_of(loaded: Loaded) -> dict[str, str]:
+    """What a report says of the weights it is about, where they have a name: the SHA-256 of a hub folder's."""
+    return {"weights_sha256": loaded.description["sha256"]} if "sha256" in loaded.description else {}
+
+
 def add_checkpoint_argument(parser: argparse.ArgumentParser) -> None:
     """``--checkpoint``, for all commands that need a trained model."""
     parser.add_argument(

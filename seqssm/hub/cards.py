@@ -195,9 +195,10 @@ def model_card(
     parameters = sum(v.numel() for v in weights.values())
     megabytes = sum(v.nbytes for v in weights.values()) / 1e6
     stored = ", ".join(sorted({str(v.dtype).removeprefix("torch.") for v in weights.values() if v.is_floating_point()}))
+    what = task_title(config)
     lines = [_front_matter(name, config, reports, notes), f"# {name}", ""]
     lines += [
-        f"{notes.summary or task_title(config).capitalize() + '.'}",
+        notes.summary.strip() or f"{what[0].upper()}{what[1:]}.",
         "",
         f"{parameters:,} weights, {megabytes:.2f} MB ({stored}), written by seqssm {config['version']}.",
     ]
@@ -205,13 +206,13 @@ def model_card(
         storage = config["storage"]
         lines.append(
             f"Rounded to {storage['dtype']}: no probability of {storage['outputs']:,} on made-up input changed by more "
-            f"than {storage['largest_change']:.1g}. The figures below are those of the rounded weights."
+            f"than {storage['largest_change']:.1g}."
         )
     shell, python = _USE.get(cls, ("", "seqssm.hub.load_model(FOLDER)"))
     lines += ["", "## Use", "", *(["```", shell.format(name=name), "```", ""] if shell else [])]
     lines += ["```python", "from seqssm import load", "", python.format(name=name), "```"] if shell else [f"`{python}`"]
     for file, report in reports.items():
-        lines += ["", *_results(file, report)]
+        lines += ["", *_results(file, report, config)]
     lines += _written("Not good for", [f"- {one}" for one in notes.not_for])
     data = [_source(one) for one in notes.data]
     lines += _written("Data", [*data, *(["", f"Split: {notes.split}"] if notes.split else [])])
@@ -245,7 +246,7 @@ def _training(config: Mapping[str, Any], notes: Notes) -> list[str]:
     return _written("Training", lines)
 
 
-def _results(file: str, report: Mapping[str, Any]) -> list[str]:
+def _results(file: str, report: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
     """The tables of one evaluation."""
     what = file.removeprefix("metrics").removesuffix(".json").removeprefix("-")
     model, baselines = measures(report), {n: _measures(t) for n, t in report.get("baselines", {}).items()}
@@ -279,6 +280,11 @@ def _results(file: str, report: Mapping[str, Any]) -> list[str]:
                 facts.append(f"{name}: P50 {report[key]['p50']:.0f} ms, P90 {report[key]['p90']:.0f} ms")
         facts.append(f"real-time factor {report['real_time_factor']:.4f} on {report['device']}")
     facts += [f"`{report['command']}`"] if report.get("command") else []
+    if config.get("storage"):
+        same = report.get("weights_sha256") == config["sha256"]
+        facts.append(
+            f"These are the figures of the weights {'as they are here' if same else 'before they were rounded'}"
+        )
     return [*lines, "", *(f"- {fact}" for fact in facts)]
 
 

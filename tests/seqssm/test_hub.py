@@ -1,3 +1,4 @@
+import hashlib
 import json
 import os
 
@@ -9,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from seqssm import hub
 from seqssm.backbone import BackboneConfig, LanguageModel, MixerSpec
 from seqssm.errors import UserError
+from seqssm.hub import folders
 
 
 def make() -> LanguageModel:
@@ -52,8 +54,8 @@ def test_round_trip(tmp_path):
     assert torch.equal(loaded(tokens)[0], model(tokens)[0])
     _, front, body = (folder / "README.md").read_text().split("---\n", 2)
     assert yaml.safe_load(front)["library_name"] == "seqssm"
-    assert "| accuracy | 0.910 | 0.880 to 0.930 | 200 |" in body
-    assert "| mcc | 0.500 |  |  |" in body
+    assert "| accuracy | 0.910 [0.880, 0.930] |" in body
+    assert "| MCC | 0.500 |" in body
 
 
 def test_shared_and_strided_weights_are_kept(tmp_path):
@@ -118,7 +120,7 @@ def truncate_weights(folder):
 
 def forge_garbage(folder):
     (folder / "model.safetensors").write_bytes(b"garbage")
-    edit(folder, sha256=hub._sha256(folder / "model.safetensors"))
+    edit(folder, sha256=hashlib.sha256(b"garbage").hexdigest())
 
 
 @pytest.mark.parametrize(
@@ -132,6 +134,9 @@ def forge_garbage(folder):
         (lambda f: edit(f, run_me="code"), "unknown key run_me"),
         (lambda f: edit(f, sha256=None), "missing key sha256"),
         (lambda f: edit(f, init_args=[]), "init_args"),
+        (lambda f: (f / "README.md").unlink(), "no model card"),
+        (lambda f: edit(f, network={"class_path": "os.system"}), "training_args"),
+        (lambda f: edit(f, network={"class_path": "os.system", "training_args": []}), "not one of seqssm's"),
         (tamper_weights, "not the file that was saved"),
         (truncate_weights, "not the file that was saved"),
         (forge_garbage, "not a safetensors file"),
@@ -158,9 +163,9 @@ def test_damaged_checkpoints_are_refused_in_one_line(saved, damage, words):
 
 def test_names_resolve(saved, tmp_path, monkeypatch):
     assert hub.resolve(saved) == saved
-    with pytest.raises(UserError, match="no such folder"):
+    with pytest.raises(UserError, match="no such checkpoint"):
         hub.resolve("dna-nothing")
-    monkeypatch.setattr(hub, "__file__", str(tmp_path / "hub.py"))
+    monkeypatch.setattr(folders, "PRETRAINED", tmp_path / "pretrained")
     hub.save(tmp_path / "pretrained" / "dna-small", config_of(make()), make().state_dict())
     assert hub.shipped() == {"dna-small": tmp_path / "pretrained" / "dna-small"}
     assert hub.resolve("dna-small") == tmp_path / "pretrained" / "dna-small"
