@@ -1,6 +1,8 @@
 import hashlib
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -161,10 +163,109 @@ def test_damaged_checkpoints_are_refused_in_one_line(saved, damage, words):
     assert "\n" not in str(caught.value)
 
 
+def test_a_full_disk_is_told_and_the_old_checkpoint_stays(saved, tmp_path):
+    """No file of the process may grow past 4 KiB: the weights do not fit, and the system says so."""
+    before = {p.name: p.read_bytes() for p in saved.iterdir()}
+    code = """
+import resource, sys, torch
+from seqssm import hub
+from seqssm.errors import UserError
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+try:
+    hub.save(sys.argv[1], {"task": "seqssm.X", "init_args": {}}, {"w": torch.zeros(10_000)})
+except UserError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(saved)], capture_output=True, text=True, check=True)
+    assert done.stdout == f"cannot write the checkpoint {saved}: File too large; choose another place\n"
+    assert {p.name: p.read_bytes() for p in saved.iterdir()} == before
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+NOTES = """
+license: cc-by-nc-4.0
+summary: A test.
+data: [{name: clips, license: CC-BY-NC-3.0}]
+not_for: [anything]
+default: true
+"""
+
+
+def test_cards_are_made_of_the_other_files(tmp_path):
+    model = make()
+    metrics = {
+        "metrics": {"accuracy": {"value": 0.91, "low": 0.88, "high": 0.93, "n": 200}},
+        "baselines": {"majority": {"accuracy": {"value": 0.5, "low": 0.5, "high": 0.5, "n": 200}}},
+        "differences": {"majority": {"accuracy": {"value": 0.41, "low": 0.38, "high": 0.43, "n": 200}}},
+        "command": "seqssm evaluate",
+        "data": {"path": "clips", "split": "test"},
+    }
+    folder = hub.save(tmp_path / "m", config_of(model), model.state_dict(), metrics=metrics, notes=NOTES)
+    card = (folder / "README.md").read_text()
+    assert card == hub.make_card(folder)
+    _, front, body = card.split("---\n", 2)
+    front = yaml.safe_load(front)
+    assert front["license"] == "cc-by-nc-4.0"
+    assert front["datasets"] == ["clips"]
+    (result,) = front["model-index"][0]["results"]
+    assert result["metrics"] == [{"type": "accuracy", "name": "accuracy", "value": 0.91}]
+    assert "| accuracy | 0.910 [0.880, 0.930] | 0.500 [0.500, 0.500] |" in body
+    assert "| accuracy | +0.410 [+0.380, +0.430] |" in body
+    assert "- clips, licence CC-BY-NC-3.0" in body
+    assert "## Not good for\n\n- anything\n" in body
+    metrics["metrics"]["accuracy"]["value"] = 0.92
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    assert hub.make_card(folder) == card.replace("0.910 [", "0.920 [").replace("value: 0.91\n", "value: 0.92\n")
+    longer = {**metrics, "metrics": {"accuracy": {"value": 0.7}}}
+    (folder / "metrics-2^20.json").write_text(json.dumps(longer))
+    assert "## Results: 2^20\n\n|  | model | majority |\n|---|---|---|\n| accuracy | 0.700 |" in hub.make_card(folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("license: [", "not YAML"),
+        ("licence: mit", "unknown key licence"),
+        ("- a", "unknown key a table"),
+        ("data: [{title: x}]", "data must be a list"),
+        ("data: [{name: x}]", "license"),
+        ("default: 3", "default must be a bool"),
+        ("not_for: speech", "not_for must be a list"),
+    ],
+)
+def test_notes_are_checked(text, words, tmp_path):
+    with pytest.raises(UserError, match=words) as caught:
+        hub.save(tmp_path / "m", {"task": "seqssm.X", "init_args": {}}, {}, notes=text)
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_metrics_that_hold_no_scores_are_refused(saved):
+    (saved / "metrics.json").write_text('{"metrics": {}}')
+    with pytest.raises(UserError, match="no scores"):
+        hub.make_card(saved)
+
+
+def test_the_default_is_marked_or_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(folders, "PRETRAINED", tmp_path)
+    model, path = make(), "seqssm.backbone.LanguageModel"
+    config = {**config_of(model), "network": {"class_path": path, "training_args": []}}
+    assert hub.default(path) is None
+    hub.save(tmp_path / "one", config, model.state_dict())
+    assert hub.default(path) == "one"
+    hub.save(tmp_path / "two", config, model.state_dict())
+    assert hub.default(path) is None
+    hub.save(tmp_path / "three", config, model.state_dict(), notes="default: true")
+    assert hub.default(path) == "three"
+    assert hub.default("seqssm.X") is None
+
+
 def test_names_resolve(saved, tmp_path, monkeypatch):
     assert hub.resolve(saved) == saved
     with pytest.raises(UserError, match="no such checkpoint"):
         hub.resolve("dna-nothing")
+    with pytest.raises(UserError, match="cannot have .. in it"):
+        hub.resolve("dna/../../etc")
     monkeypatch.setattr(folders, "PRETRAINED", tmp_path / "pretrained")
     hub.save(tmp_path / "pretrained" / "dna-small", config_of(make()), make().state_dict())
     assert hub.shipped() == {"dna-small": tmp_path / "pretrained" / "dna-small"}
