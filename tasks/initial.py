@@ -27,6 +27,9 @@ def start_from(network: Network, source: Loaded, name: str) -> str:
     """
     own, theirs = network.state_dict(), source.weights
     old, new = source.description["init_args"], network.init_args()
+    # What only training needs says nothing about what fits.
+    training = (source.description.get("network") or {}).get("training_args", ["optimizer"])
+    old = {key: value for key, value in old.items() if key not in training}
     renamed = [key for key in CLASSES if key in new and old.get(key) != new[key]]
     heads = tuple(f"{part}." for part in network.head_parts)
     fits = {key for key, value in own.items() if key in theirs and theirs[key].shape == value.shape}
@@ -68,7 +71,7 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "
     """Settings that both have with other values, as ``name before -> now``."""
     found: list[str] = []
     for key, value in new.items():
-        if key in ("optimizer", *CLASSES, "thresholds") or key not in old or old[key] == value:
+        if key in (*CLASSES, "thresholds") or key not in old or old[key] == value:
             continue
         if isinstance(value, Mapping) and isinstance(old[key], Mapping):
             found += _differences(old[key], value, f"{prefix}{key}.")

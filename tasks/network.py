@@ -196,5 +196,9 @@ def build_expected(
     """An ``expected`` of class ``cls``, in evaluation mode; errors name the checkpoint ``name``."""
     if not issubclass(cls, expected):
         found = cls.kind if issubclass(cls, Network) else cls.__name__
-        raise UserError(f"{name} holds a {found}; this command needs a {expected.kind}")
+        raise UserError(f"{name} holds {_article(found)}; this command needs {_article(expected.kind)}")
     return hub.fill(cls, init_args, weights, name)
+
+
+def _article(noun: str) -> str:
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"

@@ -75,7 +75,12 @@ def _network_for(data: str | None) -> type[Network]:
 
     section = (yaml.safe_load(Path(find_config(data)).read_text()) or {}).get("data") or {}
     kind = str(section.get("class_path", "")).rpartition(".")[2]
-    kinds = {"DNADataModule": DNANetwork, "AudioTaggingDataModule": TaggingNetwork, "SpeechDataModule": ASRNetwork}
+    kinds: dict[str, type[Network]] = {
+        "DNADataModule": DNANetwork,
+        "SimulatedGenomes": DNANetwork,
+        "AudioTaggingDataModule": TaggingNetwork,
+        "SpeechDataModule": ASRNetwork,
+    }
     return kinds.get(kind, Network)
 
 

@@ -264,7 +264,7 @@ def test_names_resolve(saved, tmp_path, monkeypatch):
     assert hub.resolve(saved) == saved
     with pytest.raises(UserError, match="no such checkpoint"):
         hub.resolve("dna-nothing")
-    with pytest.raises(UserError, match="cannot have .. in it"):
+    with pytest.raises(UserError, match=r"cannot have \.\. in it"):
         hub.resolve("dna/../../etc")
     monkeypatch.setattr(folders, "PRETRAINED", tmp_path / "pretrained")
     hub.save(tmp_path / "pretrained" / "dna-small", config_of(make()), make().state_dict())

@@ -18,7 +18,7 @@ from seqssm.backbone import BackboneConfig, MixerSpec
 from seqssm.cli import main
 from seqssm.data import DNABatch
 from seqssm.data.features import FeatureConfig
-from seqssm.data.speech.tokenizers import CharTokenizer
+from seqssm.data.speech.tokenizers import CharacterTokenizer
 from seqssm.errors import UserError
 from seqssm.hub import folders
 from seqssm.tasks.asr import StreamingASR
@@ -53,7 +53,7 @@ def tagger(**changes: object) -> AudioTagging:
 
 def recogniser() -> StreamingASR:
     torch.manual_seed(0)
-    tokenizer = CharTokenizer(["a", "b", " "]).to_dict()
+    tokenizer = CharacterTokenizer("ab ").to_dict()
     return StreamingASR(tokenizer, features=FEATURES, backbone=CAUSAL, stem_channels=4).eval()
 
 
@@ -195,7 +195,7 @@ def test_init_from_says_what_it_takes_and_what_not(tmp_path: Path, monkeypatch: 
     assert torch.equal(other.embedding.bases.weight, source.embedding.bases.weight)
     assert not torch.equal(other.head[1].weight, source.head[1].weight)
     assert "new, at their random start (other labels): head.1.weight, head.1.bias" in told[-1]
-    assert "in the checkpoint, not used: head.1.weight, head.1.bias" in told[-1]
+    assert "in the checkpoint, not used: head.1.bias, head.1.weight" in told[-1]
     assert "pooling mean -> max" in told[-1]
     with pytest.raises(UserError, match=r"weights do not fit this model, the first .*backbone.d_model 16 -> 32"):
         DNAClassification(["a", "b"], BackboneConfig(d_model=32, n_layers=2, mixers=MAMBA), init_from=folder)
@@ -361,16 +361,17 @@ def test_bad_checkpoints_are_one_line_and_exit_code_2(
     broken = export(lightning_checkpoint(dna(), tmp_path / "d.ckpt"), tmp_path / "broken")
     (broken / hub.WEIGHTS).write_bytes((broken / hub.WEIGHTS).read_bytes()[:-9])
     for args, words in (
-        (["classify", tmp_path / "a.fa", "--checkpoint", tags], "holds a audio tagger; this command needs a DNA"),
+        (["classify", tmp_path / "a.fa", "--checkpoint", tags], "holds an audio tagger; this command needs a DNA"),
         (["classify", tmp_path / "a.fa", "--checkpoint", tmp_path / "t.ckpt"], "this command needs a DNA classifier"),
-        (["tag", tmp_path / "a.wav", "--checkpoint", labels], "this command needs a audio tagger"),
+        (["tag", tmp_path / "a.wav", "--checkpoint", labels], "this command needs an audio tagger"),
         (["transcribe", tmp_path / "a.wav", "--checkpoint", tags], "this command needs a speech recogniser"),
         (["classify", tmp_path / "a.fa", "--checkpoint", broken], "is not the file that was saved"),
         (["classify", tmp_path / "a.fa"], "no DNA classifier is shipped: give --checkpoint"),
         (["tag", tmp_path / "a.wav"], "no audio tagger is shipped"),
         (["transcribe", tmp_path / "a.wav"], "no speech recogniser is shipped"),
         (["evaluate"], "which checkpoint? give --checkpoint"),
-        (["evaluate", "--data", "dna/quickstart"], "is shipped"),
+        (["evaluate", "--data", "dna/quickstart"], "no DNA classifier is shipped"),
+        (["evaluate", "--data", "tagging/esc50"], "no audio tagger is shipped"),
         (["classify", tmp_path / "a.fa", "--checkpoint", "dna/../../x"], "cannot have .. in it"),
         (["checkpoints", "export", tags, tmp_path / "shelf" / "x", "--notes", "no.yaml"], "no.yaml cannot be read"),
         (["checkpoints", "import", tags, tmp_path / "no" / "x.ckpt"], "cannot write"),
