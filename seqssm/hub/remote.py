@@ -131,11 +131,11 @@ def _said_clearly(place: str) -> Iterator[None]:
         ) from error
     except errors.RevisionNotFoundError as error:
         raise UserError(f"{place}: it has no such revision") from error
-    except errors.LocalEntryNotFoundError as error:
+    except (errors.HfHubHTTPError, errors.HFValidationError) as error:
+        raise UserError(f"{place}: the hub refuses ({str(error).splitlines()[0]})") from error
+    except (errors.LocalEntryNotFoundError, errors.HTTPError) as error:  # the base of what the transport raises
         raise UserError(
             f"{place}: the hub cannot be reached; check the connection, --endpoint and HF_ENDPOINT"
         ) from error
-    except (errors.HfHubHTTPError, errors.HFValidationError) as error:
-        raise UserError(f"{place}: the hub refuses ({str(error).splitlines()[0]})") from error
     except OSError as error:
         raise UserError(f"{place}: {error.strerror or ' '.join(str(error).split())}") from error

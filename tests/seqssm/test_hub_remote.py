@@ -196,6 +196,8 @@ def test_what_a_hub_refuses_is_one_line_and_the_old_folder_stays(server: str, mo
     refused("someone/nothing", "no such repository")
     refused("someone/broken", "no such revision", revision="v9")
     refused("someone/broken", "cannot be reached", endpoint="http://127.0.0.1:9")
+    with pytest.raises(UserError, match="cannot be reached"):
+        remote.push(model, "someone/new", endpoint="http://127.0.0.1:9")
     files["model.safetensors"] = whole["model.safetensors"][:-7]
     refused("someone/broken", "someone/broken: model.safetensors is not the file that was saved")
     files["model.safetensors"] = whole["model.safetensors"]
