@@ -203,9 +203,12 @@ def load_task(checkpoint: str | Path, expected: type[N]) -> N:
     return build_task(read_checkpoint(checkpoint), expected, str(checkpoint))
 
 
-def task_class(loaded: Loaded, name: str) -> type:
+def task_class(loaded: Loaded, name: str) -> type[Task]:
     """The class of the task that a checkpoint holds, which must be one of this program's."""
-    return hub.own_class(loaded.description["task"], name)
+    cls = hub.own_class(loaded.description["task"], name)
+    if not issubclass(cls, Task):
+        raise UserError(f"{name} holds a {cls.__name__}, which is not one of seqssm's tasks: load it in Python")
+    return cls
 
 
 def build_task(loaded: Loaded, expected: type[N], name: str) -> N:

@@ -46,7 +46,7 @@ def export(
     """
     loaded = read_checkpoint(checkpoint)
     description, folder = loaded.description, Path(folder)
-    config = {key: description[key] for key in ("task", "init_args", "version") if key in description}
+    config: dict[str, Any] = {key: description[key] for key in ("task", "init_args", "version") if key in description}
     network = description.get("network") or _network(loaded, str(checkpoint))
     config |= {"network": network} if network else {}
     config |= {"data": _without_folders(loaded.data)} if loaded.data else {}
