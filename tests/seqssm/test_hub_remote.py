@@ -74,7 +74,7 @@ class Hub(BaseHTTPRequestHandler):
                 etag = f'"{hashlib.sha1(content).hexdigest()}"'
                 self._answer(content, ETag=etag, X_Repo_Commit=COMMIT, Content_Type="application/octet-stream")
         elif path == "/api/agent-harnesses":  # the client asks for names for its user agent
-            self._answer([])
+            self._answer({})
         else:
             self._refuse()
 
