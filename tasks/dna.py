@@ -21,10 +21,12 @@ from torchmetrics.classification import (
 
 from seqssm.backbone import BackboneConfig
 from seqssm.data import DNABatch
-@@
+from seqssm.errors import UserError
+from seqssm.longcontext.parallel import LengthSplit
 from seqssm.tasks.base import OptimizerConfig, Task
 from seqssm.tasks.dna_layers import PoolingMode
 from seqssm.tasks.dna_network import DNANetwork
+from seqssm.tasks.dna_parts import pool_part, split_classifier
 
 
 class DNAClassification(DNANetwork, Task):
@@ -118,7 +120,17 @@ class DNAClassification(DNANetwork, Task):
         self.val_confusion, self.test_confusion = (MulticlassConfusionMatrix(classes) for _ in range(2))
         self.load_initial_weights()
 
-@@
+    def pool(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        if self._split is not None:
+            return pool_part(self, tokens, lengths, self._split)
+        return super().pool(tokens, lengths)
+
+    def split_length(self, split: LengthSplit) -> None:
+        split_classifier(self, split)
+        self._split = split
+
+    _split: LengthSplit | None = None
+
     def on_fit_start(self) -> None:
         if self.chunk_length and isinstance(self.trainer.strategy, FSDPStrategy | ModelParallelStrategy):
             raise UserError(
