@@ -21,6 +21,8 @@ import torch
 
 from seqssm.commands.transcribe import add_decoding_arguments, add_stream_arguments, decoding_config, set_threads
 from seqssm.errors import UserError
+from seqssm.tasks.asr_network import ASRNetwork
+from seqssm.tasks.network import checkpoint_or_default
 
 if TYPE_CHECKING:
     from seqssm.serving.server import Server, Service
@@ -81,8 +83,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.load_test:
         args.sessions = max(args.sessions, args.load_test)
-    if args.checkpoint is None:
-        raise UserError("--checkpoint is missing: give a trained recogniser")
+    args.checkpoint = checkpoint_or_default(args.checkpoint, ASRNetwork)
     _check(args)
     set_threads(args)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s")
@@ -150,7 +151,6 @@ def make_service(args: argparse.Namespace, scheme: str, port: int) -> Service:
     from seqssm.serving.engine import Recogniser, TagEngine
     from seqssm.serving.server import Service
     from seqssm.tasks.asr_decoding import decoders
-    from seqssm.tasks.asr_network import ASRNetwork
     from seqssm.tasks.network import load_network
     from seqssm.tasks.tagging_network import TaggingNetwork
     from seqssm.tasks.transcripts import EndpointRules

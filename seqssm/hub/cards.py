@@ -31,6 +31,7 @@ _USE = {
 _TITLES = {"mcc": "MCC", "auroc": "AUROC", "macro_f1": "macro-F1", "map": "mAP", "mauc": "mAUC", "d_prime": "d'"}
 _HUB_METRICS = {"mcc": "matthews_correlation", "macro_f1": "f1", "auroc": "roc_auc", "accuracy": "accuracy"}
 _HUB_METRICS |= {"wer": "wer", "cer": "cer", "perplexity": "perplexity"}
+MODEL = "model"
 # What a list of checkpoints shows of one.
 _MAIN = ("mcc", "wer", "map", "accuracy", "perplexity")
 
@@ -139,10 +140,19 @@ def measures(report: Mapping[str, Any]) -> dict[str, Measure]:
         UserError: it holds none.
     """
     found = _measures(report.get("metrics", {}))
-    found |= _measures({key: report[key] for key in ("wer", "cer", "perplexity") if key in report})
+    found |= _measures({key: report[key] for key in ("wer", "cer") if key in report})
+    if MODEL in report.get("perplexity", {}):
+        found |= _measures({"perplexity": report["perplexity"][MODEL]})
     if not found:
         raise UserError("metrics.json holds no scores; write it with `seqssm evaluate`")
     return found
+
+
+def _baselines(report: Mapping[str, Any]) -> dict[str, dict[str, Measure]]:
+    """What stands beside the model, by name."""
+    found = {name: _measures(table) for name, table in report.get("baselines", {}).items()}
+    others = {name: one for name, one in report.get("perplexity", {}).items() if name != MODEL}
+    return found | {name: _measures({"perplexity": one}) for name, one in others.items()}
 
 
 def _measures(table: Mapping[str, Any]) -> dict[str, Measure]:
@@ -249,7 +259,7 @@ def _training(config: Mapping[str, Any], notes: Notes) -> list[str]:
 def _results(file: str, report: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
     """The tables of one evaluation."""
     what = file.removeprefix("metrics").removesuffix(".json").removeprefix("-")
-    model, baselines = measures(report), {n: _measures(t) for n, t in report.get("baselines", {}).items()}
+    model, baselines = measures(report), _baselines(report)
     lines = [f"## Results{f': {what}' if what else ''}", ""]
     lines += _table(["", "model", *baselines], [
         [title(key), one.text(), *(table[key].text() if key in table else "n/a" for table in baselines.values())]

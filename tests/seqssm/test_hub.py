@@ -221,6 +221,34 @@ def test_cards_are_made_of_the_other_files(tmp_path):
     assert "## Results: 2^20\n\n|  | model | majority |\n|---|---|---|\n| accuracy | 0.700 |" in hub.make_card(folder)
 
 
+def test_cards_of_speech_and_pretraining(tmp_path):
+    """Reports of other forms: error rates are not called values, and perplexities hold their own baselines."""
+    rate = {"rate": 0.05, "low": 0.04, "high": 0.06, "reference": 773}
+    speech = {
+        "wer": rate,
+        "cer": {**rate, "rate": 0.02},
+        "utterances": 130,
+        "speakers": 10,
+        "minutes": 6.0,
+        "lookahead_ms": 320,
+        "decoding": "greedy",
+        "first_text_ms": {"p50": 300.0, "p90": 400.0},
+        "real_time_factor": 0.01,
+        "device": "cpu",
+        "data": "an4",
+        "split": "test",
+    }
+    perplexity = {"model": {"value": 3.2, "low": 3.1, "high": 3.3}, "Markov chain, order 9": {"value": 3.6}}
+    config = config_of(make())
+    card = (hub.save(tmp_path / "s", config, {}, metrics=speech) / "README.md").read_text()
+    assert "| WER | 0.050 [0.040, 0.060] |" in card
+    assert "first text: P50 300 ms, P90 400 ms" in card
+    folder = hub.save(tmp_path / "p", config, {}, metrics={"perplexity": perplexity, "split": "test"})
+    card = (folder / "README.md").read_text()
+    assert "|  | model | Markov chain, order 9 |" in card
+    assert "| perplexity | 3.200 [3.100, 3.300] | 3.600 |" in card
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
