@@ -71,7 +71,6 @@ class ASRNetwork(Network):
     kind: ClassVar[str] = "speech recogniser"
     body_parts: ClassVar[tuple[str, ...]] = ("backbone", "upper")
     head_parts: ClassVar[tuple[str, ...]] = ("head", "intermediate_head", "predictor", "joiner")
-    short_tokens: ClassVar[int] = 750  # half a minute: a stream's steps are small, and many
 
     def __init__(
         self,

@@ -23,6 +23,8 @@ from seqssm.errors import UserError
 from seqssm.mixers import Mixer
 
 CHECKPOINT_KEY = "seqssm"
+SHORT_WORK = 1_000_000
+"""Tokens times layers times width up to which loading the compiled kernels of the CPU takes longer than they save."""
 N = TypeVar("N", bound="Network")
 
 
@@ -35,7 +37,6 @@ class Network(nn.Module):
     Attributes:
         kind: what such a network is called in messages.
         body_parts: its submodules that a task that starts from its weights must have, too.
-        short_tokens: up to so many, compiling costs more than it saves.
         head_parts: those that depend on the classes; a task with others starts them afresh.
         backbone_config: of the backbone.
         trained_on: arguments of the DataModule that it was trained with, where it was loaded from a checkpoint.
@@ -44,7 +45,6 @@ class Network(nn.Module):
     kind: ClassVar[str] = "model"
     body_parts: ClassVar[tuple[str, ...]] = ("backbone",)
     head_parts: ClassVar[tuple[str, ...]] = ("head",)
-    short_tokens: ClassVar[int] = 8192
 
     def __init__(self, backbone: BackboneConfig, **own: Any) -> None:
         super().__init__()
@@ -84,7 +84,8 @@ class Network(nn.Module):
         machine; what is short is done sooner in plain PyTorch. The results differ by rounding alone.
         """
         backend = self.backbone_config.backend
-        short = self.device.type == "cpu" and backend == "auto" and tokens <= self.short_tokens
+        work = tokens * self.backbone_config.n_layers * self.backbone_config.d_model
+        short = self.device.type == "cpu" and backend == "auto" and work <= SHORT_WORK
         self.use_backend("torch" if short else backend)
 
     def probe(self, seed: int = 0) -> Tensor:
