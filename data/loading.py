@@ -1,11 +1,15 @@
 """Seeded order; loaders that a Lightning checkpoint remembers to the batch, and shards that show every item once."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
 
 
 def shuffled_rounds(pool: np.ndarray, first: int, count: int, key: tuple[int, ...]) -> np.ndarray:

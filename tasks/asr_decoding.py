@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from seqssm.errors import UserError
-from seqssm.tasks.asr import StreamingASR
+from seqssm.tasks.asr_network import ASRNetwork
 from seqssm.tasks.decoding.ctc import BeamConfig, BeamCTC, GreedyCTC
 from seqssm.tasks.decoding.emissions import Decoder, Scorer
 from seqssm.tasks.decoding.hotwords import Hotwords
@@ -54,7 +54,7 @@ class DecodingConfig:
             )
 
 
-def decoders(task: StreamingASR, config: DecodingConfig) -> Callable[[], Decoder]:
+def decoders(task: ASRNetwork, config: DecodingConfig) -> Callable[[], Decoder]:
     """What makes a decoder for each stream; tables of words and n-grams are read once.
 
     Raises:

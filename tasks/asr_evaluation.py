@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from seqssm.data.features import fbank
-from seqssm.tasks.asr import StreamingASR
+from seqssm.tasks.asr_network import ASRNetwork
 from seqssm.tasks.asr_stream import Transcriber
 from seqssm.tasks.decoding.words import Word
 from seqssm.tasks.transcripts import Result
@@ -116,7 +116,7 @@ def _same_words(old: Sequence[str], new: Sequence[str]) -> list[str]:
 
 
 @torch.no_grad()
-def forced_word_times(aligner: StreamingASR, samples: Samples, text: str) -> list[tuple[float, float]]:
+def forced_word_times(aligner: ASRNetwork, samples: Samples, text: str) -> list[tuple[float, float]]:
     """Start and end in seconds of each word of the normalised text, by the best CTC alignment of a model.
 
     An empty list where the text cannot be aligned: it is empty, or has more tokens than the recording has positions.

@@ -16,8 +16,8 @@ from seqssm.data.resampling import StreamingResampler
 from seqssm.errors import UserError
 from seqssm.mixers import State
 from seqssm.streaming import fingerprint
-from seqssm.tasks.asr import StreamingASR
 from seqssm.tasks.asr_layers import SUBSAMPLING
+from seqssm.tasks.asr_network import ASRNetwork
 from seqssm.tasks.decoding.ctc import GreedyCTC
 from seqssm.tasks.decoding.emissions import Decoder
 from seqssm.tasks.transcripts import EndpointRules, Result, Segmenter
@@ -39,7 +39,7 @@ class StreamingEncoder(nn.Module):
         chunk: tokens a chunk.
     """
 
-    def __init__(self, task: StreamingASR, chunk: int) -> None:
+    def __init__(self, task: ASRNetwork, chunk: int) -> None:
         super().__init__()
         self.task, self.chunk = task, chunk
         config = task.features
@@ -295,7 +295,7 @@ class SlotTable:
         state_bytes: memory of a session's state in the model; it never grows.
     """
 
-    def __init__(self, task: StreamingASR, slots: int = 1, chunk_ms: float = 160.0) -> None:
+    def __init__(self, task: ASRNetwork, slots: int = 1, chunk_ms: float = 160.0) -> None:
         if task.training:
             raise ValueError("a stream needs the model in evaluation mode: call task.eval()")
         if slots < 1:
@@ -442,7 +442,7 @@ class Transcriber:
 
     def __init__(
         self,
-        task: StreamingASR,
+        task: ASRNetwork,
         input_rate: int,
         *,
         lookahead_ms: int | None = None,

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import pickle
+import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
 
 import seqssm
 from seqssm import hub
@@ -20,9 +19,30 @@ from seqssm.backbone import BackboneConfig
 from seqssm.errors import UserError
 from seqssm.longcontext.parallel import LengthSplit
 from seqssm.optim import parameter_groups, remember_shapes, warmup_cosine
+from seqssm.tasks.initial import start_from
+from seqssm.tasks.network import (
+    CHECKPOINT_KEY,
+    Loaded,
+    N,
+    Network,
+    build_expected,
+    class_path,
+    read_checkpoint,
+    weights_of,
+)
 
-CHECKPOINT_KEY = "seqssm"
-T = TypeVar("T", bound="Task")
+__all__ = [
+    "CHECKPOINT_KEY",
+    "Loaded",
+    "OptimizerConfig",
+    "Task",
+    "build_task",
+    "class_path",
+    "load_task",
+    "read_checkpoint",
+    "task_class",
+    "weights_of",
+]
 
 
 @dataclass(frozen=True)
@@ -46,67 +66,48 @@ class OptimizerConfig:
     final_fraction: float = 0.02
 
 
-class Task(pl.LightningModule):
+class Task(Network, pl.LightningModule):
     """A head, a loss, metrics and decoding around one :class:`~seqssm.backbone.Backbone`.
 
-    A subclass passes its own plain-data arguments to ``super().__init__`` as ``head``; together they are the task's
-    whole configuration, stored in every checkpoint as JSON-like data, so that a checkpoint is self-contained.
+    A subclass passes its own plain-data arguments to ``super().__init__``, under their names; together they are the
+    task's whole configuration, stored in every checkpoint as JSON-like data, so that a checkpoint is self-contained.
+    One whose model answers without Lightning derives from that model's :class:`~seqssm.tasks.network.Network`, too,
+    which comes first: ``class DNAClassification(DNANetwork, Task)``.
     """
 
-    def __init__(self, backbone: BackboneConfig, optimizer: OptimizerConfig, init_from: str | None, **head: Any):
-        super().__init__()
-        # Lightning's load_from_checkpoint hands the stored plain data over as it is.
-        self.backbone_config = BackboneConfig.from_dict(backbone) if isinstance(backbone, dict) else backbone
+    def __init__(
+        self,
+        backbone: BackboneConfig,
+        optimizer: OptimizerConfig = OptimizerConfig(),
+        init_from: str | None = None,
+        **own: Any,
+    ) -> None:
+        super().__init__(backbone, **own)
         self.optimizer_config = OptimizerConfig(**optimizer) if isinstance(optimizer, dict) else optimizer
         self.init_from = init_from
-        self._head_args = head
         self.save_hyperparameters({**self.init_args(), "_class_path": class_path(type(self))})
 
     def init_args(self) -> dict[str, Any]:
         """The arguments that build this task again, as plain data. ``init_from`` is left out: the weights are here."""
-        return {
-            "backbone": self.backbone_config.to_dict(),
-            "optimizer": dataclasses.asdict(self.optimizer_config),
-            **self._head_args,
-        }
+        return {"optimizer": dataclasses.asdict(self.optimizer_config), **super().init_args()}
 
     @classmethod
-    def from_init_args(cls, init_args: dict[str, Any]) -> Self:
+    def from_init_args(cls, init_args: Mapping[str, Any]) -> Self:
         """Build a task, with fresh weights, from what :meth:`init_args` gave."""
         args = dict(init_args)
-        backbone = BackboneConfig.from_dict(args.pop("backbone"))
-        optimizer = OptimizerConfig(**args.pop("optimizer"))
-        return cls(backbone=backbone, optimizer=optimizer, **args)
+        return super().from_init_args({**args, "optimizer": OptimizerConfig(**args.pop("optimizer"))})
 
     def load_initial_weights(self) -> None:
-        """Copy the backbone and embedding of the checkpoint ``init_from``; a subclass calls it last in ``__init__``.
+        """Start from the checkpoint ``init_from``; a subclass calls it last in ``__init__``.
 
-        Every backbone weight must be there, and no weight of the backbone or the embedding may differ in shape; what
-        is new here, and what the checkpoint has beyond it, is printed.
+        The backbone must fit wholly, and what else both have, in its shapes; the parts that depend on the classes are
+        taken only where these are the same. What is not taken is printed.
+
+        Raises:
+            UserError: it does not fit.
         """
-        if self.init_from is None:
-            return
-        source = read_checkpoint(self.init_from).weights
-        own = self.state_dict()
-        matching = {k: v for k, v in source.items() if k in own and own[k].shape == v.shape}
-        missing = [k for k in own if k.startswith("backbone.") and k not in matching]
-        if missing:
-            raise UserError(
-                f"init_from {self.init_from}: {len(missing)} backbone weights do not fit this model "
-                f"(first: {missing[0]}); use the backbone settings that the checkpoint was trained with"
-            )
-        other = [k for k in source if k.startswith("embedding.") and k in own and k not in matching]
-        if other:
-            raise UserError(
-                f"init_from {self.init_from}: {other[0]} is {tuple(source[other[0]].shape)} there and "
-                f"{tuple(own[other[0]].shape)} here; use the embedding settings that the checkpoint was trained with"
-            )
-        self.load_state_dict(matching, strict=False)
-        fresh, unused = sorted(set(own) - set(matching)), sorted(set(source) - set(matching))
-        rank_zero_info(
-            f"init_from {self.init_from}: {len(matching)} tensors loaded; new: {', '.join(fresh) or 'none'}; "
-            f"not used: {', '.join(unused) or 'none'}"
-        )
+        if self.init_from is not None:
+            rank_zero_info(start_from(self, read_checkpoint(self.init_from), self.init_from))
 
     def split_length(self, split: LengthSplit) -> None:
         """Run sequences whose length is split over processes, from now on; a strategy calls it before training.
@@ -175,57 +176,25 @@ class Task(pl.LightningModule):
         self._base_seed = checkpoint.get(CHECKPOINT_KEY, {}).get("base_seed")
 
     def describe(self) -> dict[str, Any]:
-        """What a checkpoint says of itself: version, task class and its arguments, all plain data."""
-        return {"version": seqssm.__version__, "task": class_path(type(self)), "init_args": self.init_args()}
+        """What a checkpoint says of itself: version, task class and its arguments, all plain data.
 
-
-def class_path(cls: type) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"
+        ``network`` names the class that answers, and those of the arguments that only training needs.
+        """
+        about = {"version": seqssm.__version__, "task": class_path(type(self)), "init_args": self.init_args()}
+        answers = next(
+            cls for cls in type(self).__mro__ if issubclass(cls, Network) and not issubclass(cls, pl.LightningModule)
+        )
+        if answers is not Network:
+            taken = inspect.signature(answers).parameters
+            training = [key for key in about["init_args"] if key not in taken]
+            about["network"] = {"class_path": class_path(answers), "training_args": training}
+        return about
 
 
 # ---- loading -------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """A checkpoint read from disk, in plain data and tensors.
-
-    Attributes:
-        description: what :meth:`Task.describe` stored.
-        weights: the state dict, on the CPU.
-        data: arguments of the DataModule it was trained with: ``{"class_path": ..., "init_args": ...}``, or ``{}``.
-    """
-
-    description: dict[str, Any]
-    weights: dict[str, Tensor]
-    data: dict[str, Any]
-
-
-def read_checkpoint(checkpoint: str | Path) -> Loaded:
-    """Read a Lightning ``.ckpt`` or a folder in hub format. Runs no code from the file.
-
-    Raises:
-        UserError: nothing there, not a checkpoint, or not one of this program's.
-    """
-    path = Path(checkpoint)
-    if path.is_dir():
-        config, weights = hub.load(path)
-        return Loaded(config, weights, config.get("data", {}))
-    if not path.is_file():
-        raise UserError(f"{checkpoint}: no such checkpoint; give a Lightning .ckpt or a folder that `seqssm` saved")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
-        raise UserError(
-            f"{path}: not a readable checkpoint ({str(error).splitlines()[0]}); is the file whole?"
-        ) from error
-    if not isinstance(content, dict) or CHECKPOINT_KEY not in content:
-        raise UserError(f"{path}: not a checkpoint of a seqssm task; train one with `seqssm fit`")
-    description = content[CHECKPOINT_KEY]
-    return Loaded(description, content["state_dict"], description.get("data", {}))
-
-
-def load_task(checkpoint: str | Path, expected: type[T]) -> T:
+def load_task(checkpoint: str | Path, expected: type[N]) -> N:
     """Load a trained task in evaluation mode.
 
     Raises:
@@ -236,18 +205,12 @@ def load_task(checkpoint: str | Path, expected: type[T]) -> T:
 
 def task_class(loaded: Loaded, name: str) -> type[Task]:
     """The class of the task that a checkpoint holds, which must be one of this program's."""
-    path = loaded.description["task"]
-    if not path.startswith("seqssm."):
-        raise UserError(f"{name}: its task is {path}, which is not one of seqssm's; load it in Python, with its class")
-    module, _, attribute = path.rpartition(".")
-    return getattr(importlib.import_module(module), attribute)
+    cls = hub.own_class(loaded.description["task"], name)
+    if not issubclass(cls, Task):
+        raise UserError(f"{name} holds a {cls.__name__}, which is not one of seqssm's tasks: load it in Python")
+    return cls
 
 
-def build_task(loaded: Loaded, expected: type[T], name: str) -> T:
+def build_task(loaded: Loaded, expected: type[N], name: str) -> N:
     """Turn what :func:`read_checkpoint` gave into a module in evaluation mode."""
-    cls = task_class(loaded, name)
-    if not issubclass(cls, expected):
-        raise UserError(f"{name} holds a {cls.__name__}; this command needs a {expected.__name__} checkpoint")
-    task = cls.from_init_args(loaded.description["init_args"])
-    task.load_state_dict(loaded.weights)
-    return task.eval()
+    return build_expected(task_class(loaded, name), expected, loaded.description["init_args"], loaded.weights, name)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics import MetricCollection
 from torchmetrics.classification import (
     MulticlassAccuracy,
@@ -19,18 +19,17 @@ from torchmetrics.classification import (
     MulticlassMatthewsCorrCoef,
 )
 
-from seqssm.backbone import Backbone, BackboneConfig
+from seqssm.backbone import BackboneConfig
 from seqssm.data import DNABatch
-from seqssm.data.dna.alphabet import reverse_complement
 from seqssm.errors import UserError
-from seqssm.longcontext.chunked import check_chunkable, fold_backbone
 from seqssm.longcontext.parallel import LengthSplit
 from seqssm.tasks.base import OptimizerConfig, Task
-from seqssm.tasks.dna_layers import Pooling, PoolingMode, SequenceEmbedding
+from seqssm.tasks.dna_layers import PoolingMode
+from seqssm.tasks.dna_network import DNANetwork
 from seqssm.tasks.dna_parts import pool_part, split_classifier
 
 
-class DNAClassification(Task):
+class DNAClassification(DNANetwork, Task):
     """Classify DNA sequences.
 
     Args:
@@ -58,7 +57,7 @@ class DNAClassification(Task):
             chunk, for a causal backbone without attention (:mod:`seqssm.longcontext.chunked`); 0 for one pass.
         chunk_offload: keep what crosses the borders between chunks in the memory of the host.
         optimizer: learning rate and its schedule.
-        init_from: a checkpoint whose backbone and embedding to start from.
+        init_from: a checkpoint whose backbone and embedding to start from: a shipped name, a folder or a .ckpt.
     """
 
     class_weight: Tensor
@@ -84,10 +83,8 @@ class DNAClassification(Task):
         init_from: str | None = None,
     ) -> None:
         super().__init__(
+            labels,
             backbone,
-            optimizer,
-            init_from,
-            labels=list(labels),
             kmer=kmer,
             motif=motif,
             patch=patch,
@@ -96,38 +93,16 @@ class DNAClassification(Task):
             pool_bins=pool_bins,
             standardize=standardize,
             head_dropout=head_dropout,
-            label_smoothing=label_smoothing,
-            class_weights=class_weights,
             average_strands=average_strands,
             chunk_length=chunk_length,
             chunk_offload=chunk_offload,
+            optimizer=optimizer,
+            init_from=init_from,
+            label_smoothing=label_smoothing,
+            class_weights=class_weights,
         )
-        self.labels = list(labels)
-        self.patch = patch
         self.label_smoothing = label_smoothing
         self.class_weights = class_weights
-        self.average_strands = average_strands
-        self.chunk_length, self.chunk_offload = chunk_length, chunk_offload
-
-        config = self.backbone_config
-        if patch > 1 and config.reverse_complement:
-            raise UserError(
-                "model.patch must be 1 with backbone.reverse_complement: patches of the strands do not align"
-            )
-        if patch > 1 and (motif or positions):
-            raise UserError("model.motif and model.positions must be 0 with model.patch: its positions are means")
-        if pooling == "last" and pool_bins > 1:
-            raise UserError("model.pool_bins must be 1 with model.pooling last: there is one last position")
-        self.backbone = Backbone(config)
-        if chunk_length:
-            self._check_chunks(positions, standardize)
-        self.embedding = SequenceEmbedding(
-            config.d_model, kmer, motif, patch, positions, self.backbone.causal, standardize
-        )
-        self.pooling = Pooling(pooling, pool_bins, strands=config.reverse_complement)
-        width = self.pooling.width * config.d_model
-        self.standardize = nn.BatchNorm1d(width) if standardize else nn.Identity()
-        self.head = nn.Sequential(nn.Dropout(head_dropout), nn.Linear(width, len(labels)))
         weights = class_weights if isinstance(class_weights, list) else [1.0] * len(labels)
         self.register_buffer("class_weight", torch.tensor(weights), persistent=False)
 
@@ -145,93 +120,16 @@ class DNAClassification(Task):
         self.val_confusion, self.test_confusion = (MulticlassConfusionMatrix(classes) for _ in range(2))
         self.load_initial_weights()
 
-    def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
-        """Score sequences.
-
-        Args:
-            tokens: (b, l) uint8 token ids, padded on the right.
-            lengths: (b,) real tokens of each sequence, at least 1.
-
-        Returns:
-            (b, c) float32 logits. Padding and neighbours in the batch do not change them.
-        """
+    def pool(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         if self._split is not None:
-            pooled = pool_part(self, tokens, lengths, self._split)
-        elif 0 < self.chunk_length < tokens.shape[1]:
-            pooled = self._pool_chunks(tokens, lengths)
-        else:
-            pooled = self._pool(tokens, lengths)
-        return self.score(pooled)
-
-    def _pool(self, tokens: Tensor, lengths: Tensor) -> Tensor:
-        x = self.embedding(tokens, lengths)  # (b, l, d), l counting patches from here on
-        if self.backbone_config.reverse_complement:
-            other = self.embedding(tokens, lengths, other_strand=True)
-            x = torch.cat([x, other], dim=-1)  # (b, l, 2d)
-        lengths = -(-lengths // self.patch)
-        real = torch.arange(x.shape[1], device=x.device) < lengths[:, None]  # (b, l)
-        # Padding precedes the real tokens of a backward scan: its own segment keeps it out of their state.
-        seq_idx = None if self.backbone.causal or bool(real.all()) else (~real).to(torch.int32)
-        y, _ = self.backbone(x, seq_idx=seq_idx)
-        return self.pooling(y, lengths)
-
-    def _pool_chunks(self, tokens: Tensor, lengths: Tensor) -> Tensor:
-        patches = -(-lengths // self.patch)
-        wide = torch.promote_types(self.backbone.norm.weight.dtype, torch.float32)
-
-        def embed(start: int, stop: int) -> Tensor:
-            return self.embedding.chunk(tokens, lengths, start * self.patch, stop * self.patch)
-
-        gathered, _ = fold_backbone(
-            self.backbone,
-            embed,
-            lambda gathered, y, start: self.pooling.update(gathered, y, patches, start),
-            self.pooling.start(patches, self.backbone_config.d_model, wide),
-            length=-(-tokens.shape[1] // self.patch),
-            chunk_length=self.chunk_length // self.patch,
-            modules=[self.embedding],
-            offload=self.chunk_offload,
-        )
-        return self.pooling.finish(gathered, patches, wide)
-
-    def _check_chunks(self, positions: int, standardize: bool) -> None:
-        if self.chunk_length < 0 or self.chunk_length % self.patch:
-            raise UserError(
-                f"model.chunk_length is {self.chunk_length}: give a multiple of model.patch ({self.patch}), or 0"
-            )
-        if positions or standardize:
-            raise UserError(
-                "model.chunk_length cannot go with model.positions, which are for short windows, nor with "
-                "model.standardize, which needs statistics of the whole window before its first chunk: leave one out"
-            )
-        check_chunkable(self.backbone, self.chunk_length // self.patch, "model.chunk_length")
-
-    def score(self, pooled: Tensor) -> Tensor:
-        """(b, width · d) pooled vectors to (b, c) logits, never in 16 bit."""
-        with torch.autocast(device_type=pooled.device.type, enabled=False):
-            return self.head(self.standardize(pooled))
-
-    def check_unaligned(self) -> None:
-        """Raise UserError where the model can only say something of whole, aligned windows."""
-        if self.pooling.bins > 1 or self.embedding.places is not None:
-            raise UserError(
-                "this model was made for aligned windows (model.pool_bins or model.positions) and says nothing of a "
-                "place in a long sequence; train one with model.pool_bins: 1 and model.positions: 0"
-            )
+            return pool_part(self, tokens, lengths, self._split)
+        return super().pool(tokens, lengths)
 
     def split_length(self, split: LengthSplit) -> None:
         split_classifier(self, split)
         self._split = split
 
     _split: LengthSplit | None = None
-
-    def predict_proba(self, tokens: Tensor, lengths: Tensor) -> Tensor:
-        """(b, c) float32 probabilities, averaged over both strands if the task says so."""
-        probabilities = self(tokens, lengths).softmax(-1)
-        if self.average_strands and not self.backbone_config.reverse_complement:
-            other = self(reverse_complement(tokens, lengths), lengths).softmax(-1)
-            probabilities = (probabilities + other) / 2
-        return probabilities
 
     def on_fit_start(self) -> None:
         if self.chunk_length and isinstance(self.trainer.strategy, FSDPStrategy | ModelParallelStrategy):

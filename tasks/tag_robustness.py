@@ -15,14 +15,14 @@ from seqssm.data.audio.scenes import Background, Placement, clip_background, mak
 from seqssm.data.audio.store import decode
 from seqssm.errors import UserError
 from seqssm.tasks.evaluation import Resampler
-from seqssm.tasks.tagging import AudioTagging
+from seqssm.tasks.tagging_network import TaggingNetwork
 from seqssm.tasks.tagging_stream import TagScores, make_tagger
 
 NOISE_LEVEL = 0.003  # root mean square of the noise between clips
 SMOOTH_S = 1.0  # a needle is looked for in means over so long
 
 
-def listen(task: AudioTagging, parts: Iterable[NDArray[np.float32]]) -> Iterable[TagScores]:
+def listen(task: TaggingNetwork, parts: Iterable[NDArray[np.float32]]) -> Iterable[TagScores]:
     """Scores of a recording at the task's own rate that comes in parts, in constant memory."""
     tagger = make_tagger(task, task.features.sample_rate)
     for samples in parts:
@@ -30,7 +30,7 @@ def listen(task: AudioTagging, parts: Iterable[NDArray[np.float32]]) -> Iterable
     yield from tagger.flush()
 
 
-def _samples(task: AudioTagging, clip: Clip) -> NDArray[np.float32]:
+def _samples(task: TaggingNetwork, clip: Clip) -> NDArray[np.float32]:
     return decode(clip, task.features.sample_rate)[0]
 
 
@@ -38,7 +38,7 @@ def _samples(task: AudioTagging, clip: Clip) -> NDArray[np.float32]:
 
 
 def length_curve(
-    task: AudioTagging,
+    task: TaggingNetwork,
     clips: Sequence[Clip],
     lengths_s: Sequence[float],
     *,
@@ -127,7 +127,7 @@ class Needle:
 
 
 def find_needle(
-    task: AudioTagging,
+    task: TaggingNetwork,
     needle: Clip,
     background: Sequence[Clip],
     *,
@@ -185,7 +185,7 @@ def find_needle(
     )
 
 
-def run_lengths(task: AudioTagging, clips: Sequence[Clip], lengths_s: Sequence[float], seed: int) -> str:
+def run_lengths(task: TaggingNetwork, clips: Sequence[Clip], lengths_s: Sequence[float], seed: int) -> str:
     """:func:`length_curve` with a progress bar, as a Markdown table."""
     from seqssm.data.progress import progress_bar
 
@@ -200,7 +200,7 @@ def run_lengths(task: AudioTagging, clips: Sequence[Clip], lengths_s: Sequence[f
 
 
 def run_needle(
-    task: AudioTagging,
+    task: TaggingNetwork,
     clips: Sequence[Clip],
     label: str,
     background: Sequence[str],

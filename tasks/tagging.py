@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from seqssm.backbone import Backbone, BackboneConfig
+from seqssm.backbone import BackboneConfig
 from seqssm.data.audio.batches import AudioBatch
 from seqssm.data.features import FeatureConfig
 from seqssm.errors import UserError
-from seqssm.tasks.audio_layers import FrameStem, Pooling, PoolingKind, real_positions
+from seqssm.tasks.audio_layers import PoolingKind
 from seqssm.tasks.base import CHECKPOINT_KEY, OptimizerConfig, Task
 from seqssm.tasks.distillation import Teacher
 from seqssm.tasks.tagging_metrics import TaggingScores, best_thresholds, class_scores, one_hot, write_class_table
+from seqssm.tasks.tagging_network import TaggingNetwork
 
 
-class AudioTagging(Task):
+class AudioTagging(TaggingNetwork, Task):
     """Tag audio clips: any number of labels each (binary cross-entropy), or exactly one (cross-entropy).
 
     A stem of convolutions makes a token of every ``frame_group`` frames, the backbone reads the tokens, and a linear
@@ -65,103 +64,33 @@ class AudioTagging(Task):
         optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 - frozen
         init_from: str | None = None,
     ) -> None:
-        # Lightning's load_from_checkpoint hands the stored plain data over as it is.
-        features = FeatureConfig(**features) if isinstance(features, dict) else features
         super().__init__(
+            labels,
+            multi_label,
+            features,
             backbone,
-            optimizer,
-            init_from,
-            labels=list(labels),
-            multi_label=multi_label,
-            features=features.to_dict(),
             frame_group=frame_group,
-            stem_channels=list(stem_channels),
+            stem_channels=stem_channels,
             pooling=pooling,
             dropout=dropout,
+            thresholds=thresholds,
+            optimizer=optimizer,
+            init_from=init_from,
             label_smoothing=label_smoothing,
             teacher=teacher,
             teacher_weight=teacher_weight,
             teacher_temperature=teacher_temperature,
-            thresholds=thresholds,
         )
         if not 0 <= teacher_weight <= 1 or teacher_temperature <= 0:
             raise UserError("model.teacher_weight must lie between 0 and 1, model.teacher_temperature above 0")
-        classes = len(labels)
-        if classes < (1 if multi_label else 2):
-            raise UserError(f"a tagger needs {'a class' if multi_label else 'two classes'} at least, got {classes}")
-        self.labels, self.multi_label, self.features = list(labels), multi_label, features
         self.label_smoothing = label_smoothing
         self.teacher, self.teacher_weight, self.teacher_temperature = teacher, teacher_weight, teacher_temperature
-        self.thresholds = [0.5] * classes if thresholds is None else list(thresholds)
-
-        config = self.backbone_config
-        if config.reverse_complement:
-            raise UserError("backbone.reverse_complement is for DNA: set it to false")
-        self.backbone = Backbone(config)
-        self.stem = FrameStem(features.n_mels, config.d_model, frame_group, list(stem_channels), self.backbone.causal)
-        self.pooling = Pooling(pooling, config.d_model, classes)
-        self.dropout = nn.Dropout(dropout)
-        self.head = nn.Linear(config.d_model, classes)
-        if multi_label:
-            nn.init.constant_(self.head.bias, -math.log(max(classes - 1, 1)))  # a class is present once in c clips
+        classes = len(labels)
         self.val_scores, self.test_scores = (TaggingScores(classes, multi_label) for _ in range(2))
         self._teacher: Teacher | None = None
         self.load_initial_weights()
 
-    @property
-    def causal(self) -> bool:
-        """Whether no output depends on later frames, so that the model can run live."""
-        return self.backbone.causal
-
-    @property
-    def token_s(self) -> float:
-        """Seconds from one token to the next."""
-        return self.stem.frame_group * self.features.hop_samples / self.features.sample_rate
-
-    def forward(self, features: Tensor, lengths: Tensor) -> Tensor:
-        """Score clips.
-
-        Args:
-            features: (b, l, mel) normalised frames, padded on the right.
-            lengths: (b,) real frames of each clip, at least 1.
-
-        Returns:
-            (b, c) float32 logits. Padding and neighbours in the batch do not change them.
-        """
-        y, lengths = self.encode(features, lengths)
-        return self.score(y, lengths)[1]
-
-    def frame_logits(self, features: Tensor, lengths: Tensor) -> Tensor:
-        """Score every token, as :meth:`forward` the clip: (b, ceil(l / frame_group), c) float32 logits."""
-        y, lengths = self.encode(features, lengths)
-        return self.score(y, lengths)[0]
-
-    def encode(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """(b, t, d) tokens behind the backbone, and (b,) how many of them are real."""
-        x, _ = self.stem(features, lengths)
-        lengths = self.stem.tokens(lengths)
-        real = real_positions(lengths, x.shape[1])
-        # Padding precedes the real tokens of a backward scan: its own segment keeps it out of their state.
-        seq_idx = None if real is None or self.causal else (~real).to(torch.int32)
-        return self.backbone(x, seq_idx=seq_idx)[0], lengths
-
-    def score(self, y: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Frame logits (b, t, c) and clip logits (b, c) of tokens (b, t, d) behind the backbone."""
-        with torch.autocast(device_type=y.device.type, enabled=False):
-            y = self.dropout(y.to(self.head.weight.dtype))
-            logits = self.head(y)
-            return logits, self.pooling(logits, y, lengths)
-
-    def probabilities(self, logits: Tensor) -> Tensor:
-        """Logits (..., c) to probabilities: each class for itself, or summing to one with one label a clip."""
-        return logits.sigmoid() if self.multi_label else logits.softmax(-1)
-
     # ---- training ----------------------------------------------------------------------------------------------
-
-    def init_args(self) -> dict[str, Any]:
-        args = super().init_args()
-        # Before __init__ is through there is nothing tuned yet.
-        return {**args, "thresholds": list(self.thresholds) if hasattr(self, "thresholds") else args["thresholds"]}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)

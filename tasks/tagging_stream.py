@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
@@ -16,7 +18,8 @@ from seqssm.data.features import StreamingFbank
 from seqssm.errors import UserError
 from seqssm.mixers import State
 from seqssm.streaming import Stream
-from seqssm.tasks.tagging import AudioTagging
+from seqssm.tasks.events import Change, EventDetector
+from seqssm.tasks.tagging_network import TaggingNetwork
 
 SNAPSHOT_FORMAT = "seqssm-tagger"
 STATE_PARTS = ("stem", "backbone", "pooling")
@@ -39,7 +42,7 @@ class StreamingTagger(nn.Module):
         UserError: the task looks ahead.
     """
 
-    def __init__(self, task: AudioTagging) -> None:
+    def __init__(self, task: TaggingNetwork) -> None:
         super().__init__()
         if not task.causal:
             raise UserError(
@@ -86,7 +89,7 @@ class Tagger(ABC):
         frames: the features (t, mel) that the last call made.
     """
 
-    def __init__(self, task: AudioTagging, input_rate: int, block_frames: int) -> None:
+    def __init__(self, task: TaggingNetwork, input_rate: int, block_frames: int) -> None:
         if task.training:
             raise ValueError("a stream needs the model in evaluation mode: call task.eval()")
         self.task = task
@@ -120,7 +123,7 @@ class LiveTagger(Tagger):
         chunk_s: seconds that the model hears at once, rounded to whole tokens, and the delay of its answers.
     """
 
-    def __init__(self, task: AudioTagging, input_rate: int, chunk_s: float = 0.48) -> None:
+    def __init__(self, task: TaggingNetwork, input_rate: int, chunk_s: float = 0.48) -> None:
         group = task.stem.frame_group
         self.chunk = group * max(1, round(chunk_s / task.token_s))  # frames
         super().__init__(task, input_rate, block_frames=min(self.chunk, 64))
@@ -181,7 +184,7 @@ class WindowTagger(Tagger):
         context_s: seconds of it, at either side, whose scores come from the neighbouring windows.
     """
 
-    def __init__(self, task: AudioTagging, input_rate: int, window_s: float = 30.0, context_s: float = 5.0) -> None:
+    def __init__(self, task: TaggingNetwork, input_rate: int, window_s: float = 30.0, context_s: float = 5.0) -> None:
         super().__init__(task, input_rate, block_frames=64)
         if not 0 <= 2 * context_s < window_s:
             raise UserError(f"a window of {window_s:g} s cannot hold two contexts of {context_s:g} s")
@@ -220,8 +223,62 @@ class WindowTagger(Tagger):
         return TagScores(logits, clip)
 
 
-def make_tagger(task: AudioTagging, input_rate: int, window_s: float = 30.0) -> Tagger:
+def make_tagger(task: TaggingNetwork, input_rate: int, window_s: float = 30.0) -> Tagger:
     """The tagger for a file: one stream for a causal model, else windows."""
     if task.causal:
         return LiveTagger(task, input_rate, chunk_s=10.0)
     return WindowTagger(task, input_rate, window_s, context_s=window_s / 6)
+
+
+class Listener:
+    """Turns the scores of one recording into tags and events, as they come.
+
+    Args:
+        task: that gives the scores.
+        threshold: probability from which any class is present; by default those tuned on validation.
+        off_ratio: an event lasts while its class stays above so much of the threshold.
+        min_duration_s: shorter events are dropped.
+        max_gap_s: events of a class so close are one.
+
+    Attributes:
+        on: (c,) the thresholds.
+        detector: makes the events.
+        last: (t, c) probabilities of the latest tokens.
+        clip: (c,) those of all that was heard; None before anything was.
+    """
+
+    def __init__(
+        self,
+        task: TaggingNetwork,
+        *,
+        threshold: float | None = None,
+        off_ratio: float = 0.6,
+        min_duration_s: float = 0.2,
+        max_gap_s: float = 0.3,
+    ) -> None:
+        self.task = task
+        on = np.array(task.thresholds if threshold is None else [threshold] * len(task.labels))
+        if not 0 <= off_ratio <= 1 or (threshold is not None and not 0 < threshold <= 1):
+            raise UserError("--threshold and --off-ratio must lie between 0 and 1")
+        self.on = np.maximum(on, 1e-6)
+        self.detector = EventDetector(
+            task.labels, task.token_s, self.on, self.on * off_ratio, min_duration_s, max_gap_s
+        )
+        self.clip: NDArray[np.float64] | None = None
+        self.last: NDArray[np.float64] = np.zeros((0, len(task.labels)))
+
+    def hear(self, scores: Iterable[TagScores]) -> list[Change]:
+        """What began and ended."""
+        tables = []
+        for one in scores:
+            tables.append(self.task.probabilities(one.frames[0].double()).cpu().numpy())
+            self.clip = self.task.probabilities(one.clip[0].double()).cpu().numpy()
+        self.last = np.concatenate(tables) if tables else self.last[:0]
+        return self.detector.accept(self.last)
+
+    def tags(self, k: int) -> list[tuple[str, float, float]]:
+        """Label, probability and threshold of the best k."""
+        if self.clip is None:
+            return []
+        order = np.argsort(-self.clip, kind="stable")[:k]
+        return [(self.task.labels[c], float(self.clip[c]), float(self.on[c])) for c in order]

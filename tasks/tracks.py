@@ -20,9 +20,9 @@ from seqssm.data.dna.indexing import Sequences
 from seqssm.errors import UserError
 from seqssm.files import atomic_write
 from seqssm.sweeps import FolderStore, MemoryStore, Sweeper
-from seqssm.tasks.base import Task
-from seqssm.tasks.dna import DNAClassification
 from seqssm.tasks.dna_layers import SequenceEmbedding
+from seqssm.tasks.dna_network import DNANetwork
+from seqssm.tasks.network import Network
 
 BLOCK_BINS = 1 << 14  # scored and written at once
 MOST_POOLED_BINS = (1 << 16) - 1
@@ -118,7 +118,7 @@ class Tracks:
     """Rows of every record of a file, in a run that can be killed and taken up again.
 
     Args:
-        task: in evaluation mode, with ``embedding`` and ``backbone``; a :class:`DNAClassification` gives probabilities.
+        task: in evaluation mode, with ``embedding`` and ``backbone``; a :class:`DNANetwork` gives probabilities.
         sequences: the records.
         plan: how they become rows.
         folder: for what must wait on disk; removed by the caller, once the run is complete.
@@ -132,7 +132,7 @@ class Tracks:
 
     def __init__(
         self,
-        task: Task,
+        task: Network,
         sequences: Sequences,
         plan: TrackPlan,
         folder: Path,
@@ -146,7 +146,7 @@ class Tracks:
         self.autocast = autocast
         self.strands = 2 if model.backbone.config.reverse_complement else 1
         self.parts = ["mean"]
-        if isinstance(task, DNAClassification):
+        if isinstance(task, DNANetwork):
             task.check_unaligned()
             mode = task.pooling.mode
             self.parts += {"mean": [], "mean_max": ["max"]}.get(mode, [mode])
@@ -274,7 +274,7 @@ class Tracks:
             near = torch.from_numpy(np.ascontiguousarray(bins[low:high])).to(self.task.device)
             mean = near[own, 0].unflatten(-1, (self.strands, -1)).mean(-2)
             embeddings.append(mean.cpu().numpy())
-            if isinstance(self.task, DNAClassification):
+            if isinstance(self.task, DNANetwork):
                 weights = torch.from_numpy(-(-bases // self.model.embedding.patch)).to(self.task.device)
                 pooled = pool_over_bins(near, weights, self.parts, side)[own]  # (n, parts, d_out)
                 if self.task.pooling.mode in ("max", "last"):

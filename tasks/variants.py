@@ -15,7 +15,7 @@ from seqssm.data.dna.indexing import Sequences
 from seqssm.data.dna.sampling import Sample, collate
 from seqssm.data.dna.variants import Variant
 from seqssm.mixers import State
-from seqssm.tasks.dna import DNAClassification
+from seqssm.tasks.dna_network import DNANetwork
 
 
 class Site(NamedTuple):
@@ -81,7 +81,7 @@ class VariantScorer:
 
     def __init__(
         self,
-        task: DNAClassification,
+        task: DNANetwork,
         sequences: Sequences,
         window_bp: int,
         batch_size: int = 8,

@@ -21,6 +21,8 @@ ALLOWED = {
 def layer(module: str) -> str:
     """Layer of a dotted module name of the project."""
     parts = module.split(".")
+    if parts == ["seqssm"]:  # the front door
+        return "cli"
     if len(parts) > 1 and parts[1] in ("kernels", "tasks", "data"):
         return parts[1]
     if len(parts) > 1 and parts[1] in ("errors", "files"):

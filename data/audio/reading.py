@@ -8,9 +8,13 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from seqssm.data.resampling import check_rate
 from seqssm.errors import UserError
+
+Sound = str | Path | npt.ArrayLike
+"""A file by its path, or samples: a NumPy array, a CPU tensor, a list."""
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".oga", ".aif", ".aiff", ".au", ".w64", ".rf64", ".caf")
 
@@ -119,3 +123,30 @@ def blocks(source: str | Path | IO[bytes], seconds: float = 10.0) -> Iterator[tu
             yield np.ascontiguousarray(samples.T), file.samplerate
         if not seen:
             raise UserError(f"{name} has no samples")
+
+
+def sound_blocks(source: Sound, rate: int | None = None, seconds: float = 10.0) -> Iterator[tuple[np.ndarray, int]]:
+    """Blocks (channels, n) float32 and the rate, of a file by its path or of samples (n,) or (channels, n) at ``rate``.
+
+    Raises UserError as `blocks`, or where samples are no finite floats or 16-bit integers, or their rate is not given.
+    """
+    if isinstance(source, str | Path):
+        yield from blocks(source, seconds)
+        return
+    samples = np.asarray(source)
+    if rate is None:
+        raise UserError("samples need their sample rate: predict(samples, rate=16000)")
+    check_rate(rate, "the samples")
+    if samples.dtype == np.int16:
+        samples = samples.astype(np.float32) / 32768
+    if samples.dtype.kind != "f" or samples.ndim not in (1, 2) or not samples.shape[-1]:
+        raise UserError(
+            "samples must be floats between -1 and 1, or 16-bit integers, (n,) or (channels, n): "
+            f"got {samples.dtype} {samples.shape}"
+        )
+    if not np.isfinite(samples).all():
+        raise UserError("the samples hold NaN or infinity: repair them")
+    samples = np.atleast_2d(samples).astype(np.float32)
+    size = max(1, round(seconds * rate))
+    for begin in range(0, samples.shape[1], size):
+        yield samples[:, begin : begin + size], rate

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
-from seqssm.data.dna.alphabet import ENCODE, N
+from seqssm.data.dna.alphabet import ENCODE, N, encode
 from seqssm.data.dna.reading import TEXT_SUFFIXES, Piece, read_text_sequence, sequence_pieces, starts_with, suffix_of
 from seqssm.data.dna.sampling import DNABatch, Sample, collate
 from seqssm.errors import UserError
@@ -118,3 +118,27 @@ def window_batches(windows: Iterable[FastaWindow], batch_size: int) -> Iterator[
     iterator = iter(windows)
     while group := list(islice(iterator, batch_size)):
         yield group, collate([Sample(window.tokens, -1, False) for window in group])
+
+
+def is_sequence(text: str) -> bool:
+    """Whether a text is one of IUPAC letters alone."""
+    try:
+        return len(encode(text)) > 0
+    except ValueError:
+        return False
+
+
+def sequence_windows(sequences: Iterable[str]) -> Iterator[FastaWindow]:
+    """Sequences as windows, each whole, called ``sequence 1`` and so on.
+
+    Raises:
+        UserError: one is empty or holds other letters than IUPAC's.
+    """
+    for i, text in enumerate(sequences, 1):
+        try:
+            tokens = encode(text)
+        except ValueError as error:
+            raise UserError(f"sequence {i}: {error}") from error
+        if not len(tokens):
+            raise UserError(f"sequence {i} is empty")
+        yield FastaWindow(f"sequence {i}", 0, len(tokens), tokens)

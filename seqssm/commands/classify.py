@@ -14,16 +14,22 @@ from pathlib import Path
 import torch
 
 from seqssm.commands import classify_tracks, classify_variants
-from seqssm.data.dna.prediction import FastaWindows, window_batches
+from seqssm.data.dna.prediction import FastaWindows
 from seqssm.errors import UserError
 from seqssm.files import atomic_write
-from seqssm.tasks.base import Loaded, build_task, read_checkpoint
-from seqssm.tasks.dna import DNAClassification
+from seqssm.tasks.dna_network import DNANetwork
+from seqssm.tasks.network import (
+    Loaded,
+    add_checkpoint_argument,
+    build_network,
+    checkpoint_or_default,
+    read_checkpoint,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("fasta", type=Path, help="FASTA file: plain, gz or bgzip, any number of records, any size")
-    parser.add_argument("--checkpoint", required=True, help="a Lightning .ckpt or a folder in hub format")
+    add_checkpoint_argument(parser)
     parser.add_argument("--window-bp", type=int, help="bases a window; default: as trained; 0: each record whole")
     parser.add_argument("--stride-bp", type=int, help="bases between window starts; default: the window, no overlap")
     parser.add_argument("--output", "-o", type=Path, help="TSV file to write; default: standard output")
@@ -39,6 +45,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("--vcf scores variants, --tracks and --embeddings go along the sequence: run them one by one")
     if along and args.output is not None:
         raise UserError("--tracks and --embeddings name their own files: leave --output out")
+    args.checkpoint = checkpoint_or_default(args.checkpoint, DNANetwork)
     loaded = read_checkpoint(args.checkpoint)
     if along:
         classify_tracks.run(args, loaded)
@@ -52,8 +59,10 @@ def _windows(args: argparse.Namespace, loaded: Loaded) -> None:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-    task = build_task(loaded, DNAClassification, args.checkpoint).to(args.device)
-    trained_bp = loaded.data.get("init_args", {}).get("window_bp")
+    network = build_network(loaded, DNANetwork, args.checkpoint).to(args.device)
+    if args.fasta.is_file():
+        network.prepare_for(args.fasta.stat().st_size)
+    trained_bp = network.trained_on.get("window_bp")
     window_bp = (trained_bp if args.window_bp is None else args.window_bp) or None
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
@@ -63,15 +72,12 @@ def _windows(args: argparse.Namespace, loaded: Loaded) -> None:
         bar = progress.add_task(args.fasta.name, total=total)
         windows = FastaWindows(args.fasta, window_bp, args.stride_bp, on_read=lambda size: progress.advance(bar, size))
         header_written = False
-        for group, batch in window_batches(windows, args.batch_size):
-            with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, args.device.startswith("cuda")):
-                tokens, lengths = batch.tokens.to(args.device), batch.lengths.to(args.device)
-                probabilities = task.predict_proba(tokens, lengths).float().cpu()
+        for window in network.label_windows(windows, args.batch_size):
             if not header_written:  # only now is the input known to be readable
-                print("record", "start_bp", "end_bp", "label", *task.labels, sep="\t", file=out)
+                print("record", "start_bp", "end_bp", "label", *network.labels, sep="\t", file=out)
                 header_written = True
-            for window, row, best in zip(group, probabilities.tolist(), probabilities.argmax(-1).tolist(), strict=True):
-                # A window of nothing but N holds no evidence: it gets a row, and no label.
-                label = task.labels[best] if window.n_fraction < 1 else "NA"
-                scores = [f"{p:.4f}" for p in row] if window.n_fraction < 1 else ["NA"] * len(row)
-                print(window.record, window.start_bp, window.end_bp, label, *scores, sep="\t", file=out)
+            # A window of nothing but N gets a row, and no label.
+            scores = ["NA"] * len(network.labels)
+            if window.probabilities is not None:
+                scores = [f"{p:.4f}" for p in window.probabilities]
+            print(window.record, window.start_bp, window.end_bp, window.label or "NA", *scores, sep="\t", file=out)

@@ -13,9 +13,8 @@ import seqssm
 from seqssm.data.dna.indexing import checksum, open_sequences
 from seqssm.errors import UserError
 from seqssm.streaming import fingerprint
-from seqssm.tasks.base import Loaded, Task, build_task
-from seqssm.tasks.dna import DNAClassification
-from seqssm.tasks.pretraining import DNAPretraining
+from seqssm.tasks.dna_network import DNANetwork
+from seqssm.tasks.network import Loaded, Network, build_network
 from seqssm.tasks.track_files import BedGraphs, EmbeddingFile, ProbabilityTable, Stretches
 from seqssm.tasks.tracks import STATE, TrackPlan, Tracks
 
@@ -103,22 +102,28 @@ def run(args: argparse.Namespace, loaded: Loaded) -> None:
     shutil.rmtree(folder)
 
 
-def _build(args: argparse.Namespace, loaded: Loaded) -> Task:
+def _build(args: argparse.Namespace, loaded: Loaded) -> Network:
     if args.tracks is not None:
-        return build_task(loaded, DNAClassification, args.checkpoint)
-    task: Task = build_task(loaded, Task, args.checkpoint)
-    if not isinstance(task, DNAClassification | DNAPretraining):
+        return build_network(loaded, DNANetwork, args.checkpoint)
+    task: Network = build_network(loaded, Network, args.checkpoint)
+    if not isinstance(task, DNANetwork) and not _is_pretraining(task):
         raise UserError(f"{args.checkpoint} holds a {type(task).__name__}; --embeddings needs a model of DNA")
     return task
+
+
+def _is_pretraining(task: Network) -> bool:
+    from seqssm.tasks.pretraining import DNAPretraining  # with Lightning, which a classifier does without
+
+    return isinstance(task, DNAPretraining)
 
 
 def _plan(args: argparse.Namespace, loaded: Loaded, task: Any) -> TrackPlan:
     patch = task.embedding.patch
     bin_bp = args.bin_bp or -(-DEFAULT_BIN_BP // patch) * patch
     pool_bp = loaded.data.get("init_args", {}).get("window_bp") if args.window_bp is None else args.window_bp
-    if isinstance(task, DNAPretraining) or task.pooling.mode == "last":
+    if not isinstance(task, DNANetwork) or task.pooling.mode == "last":
         pool_bp = args.window_bp or 0
-    both = isinstance(task, DNAClassification) and task.average_strands and not args.one_strand
+    both = isinstance(task, DNANetwork) and task.average_strands and not args.one_strand
     return TrackPlan(bin_bp, pool_bp or 0, both, args.chunk)
 
 

@@ -16,8 +16,8 @@ from seqssm.data.dna.variants import HEADER, Variant, read_vcf, vcf_lines
 from seqssm.data.progress import progress_bar
 from seqssm.errors import UserError
 from seqssm.files import atomic_write
-from seqssm.tasks.base import Loaded, build_task
-from seqssm.tasks.dna import DNAClassification
+from seqssm.tasks.dna_network import DNANetwork
+from seqssm.tasks.network import Loaded, build_network
 from seqssm.tasks.variants import VariantScorer, log_odds_change
 
 Scores = dict[int, np.ndarray]
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, loaded: Loaded) -> None:
-    task = build_task(loaded, DNAClassification, args.checkpoint).to(args.device)
+    task = build_network(loaded, DNANetwork, args.checkpoint).to(args.device)
     if args.one_strand:
         task.average_strands = False
     trained_bp = loaded.data.get("init_args", {}).get("window_bp")

@@ -11,13 +11,17 @@ import lightning.pytorch as pl
 from seqssm.commands import evaluate_asr, evaluate_tagging
 from seqssm.commands.evaluate_synthetic import evaluate_synthetic, is_synthetic
 from seqssm.errors import UserError
+from seqssm.tasks.asr_network import ASRNetwork
 from seqssm.tasks.base import Loaded, read_checkpoint, task_class
+from seqssm.tasks.dna_network import DNANetwork
+from seqssm.tasks.network import Network, add_checkpoint_argument, checkpoint_or_default
 from seqssm.tasks.pretraining import DNAPretraining
 from seqssm.tasks.tagging import AudioTagging
+from seqssm.tasks.tagging_network import TaggingNetwork
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--checkpoint", required=True, help="a Lightning .ckpt or a folder in hub format")
+    add_checkpoint_argument(parser)
     parser.add_argument(
         "--data", help="a YAML config whose `data` section to use; default: the data the checkpoint was trained with"
     )
@@ -36,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    args.checkpoint = checkpoint_or_default(args.checkpoint, _network_for(args.data))
     loaded = read_checkpoint(args.checkpoint)
     if evaluate_asr.is_asr(loaded):
         evaluate_asr.run(loaded, args)
@@ -58,6 +63,25 @@ def run(args: argparse.Namespace) -> None:
         command=args.command_line,
         epochs=args.epochs,
     )
+
+
+def _network_for(data: str | None) -> type[Network]:
+    """What kind of network the data of ``--data`` are for, to choose the shipped one."""
+    from seqssm.cli import find_config
+
+    if data is None or (not data.endswith((".yaml", ".yml")) and Path(data).exists()):
+        return Network
+    import yaml
+
+    section = (yaml.safe_load(Path(find_config(data)).read_text()) or {}).get("data") or {}
+    kind = str(section.get("class_path", "")).rpartition(".")[2]
+    kinds: dict[str, type[Network]] = {
+        "DNADataModule": DNANetwork,
+        "SimulatedGenomes": DNANetwork,
+        "AudioTaggingDataModule": TaggingNetwork,
+        "SpeechDataModule": ASRNetwork,
+    }
+    return kinds.get(kind, Network)
 
 
 def build_datamodule(loaded: Loaded, config: str | None, batch_size: int | None) -> pl.LightningDataModule:

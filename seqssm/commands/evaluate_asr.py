@@ -25,7 +25,7 @@ from seqssm.tasks.asr_evaluation import (
 )
 from seqssm.tasks.asr_load import simulate_sessions
 from seqssm.tasks.asr_stream import SlotTable, Transcriber
-from seqssm.tasks.base import Loaded, build_task, class_path, load_task
+from seqssm.tasks.base import Loaded, build_task, class_path, load_task, weights_of
 
 
 def is_asr(loaded: Loaded) -> bool:
@@ -212,6 +212,7 @@ def evaluate_asr(
         "aligner": aligner or checkpoint,
         "device": device,
         "threads": torch.get_num_threads(),
+        **weights_of(loaded),
         **scores.summary([one.speaker for one in utterances], seed),
     }
     if different:

@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 import torch
 
 from seqssm.errors import UserError
-from seqssm.tasks.base import Loaded, build_task
+from seqssm.tasks.base import Loaded, build_task, weights_of
 from seqssm.tasks.dna import DNAClassification
 
 
@@ -77,6 +77,7 @@ def evaluate_dna(
         command=command,
         seed=seed,
     )
+    report |= weights_of(loaded)
     text = reports.to_markdown(report)
     print(text)
     if folder is not None:

@@ -15,7 +15,7 @@ from seqssm.data.dna.unlabelled import UnlabelledDNA
 from seqssm.data.progress import progress_bar
 from seqssm.errors import UserError
 from seqssm.files import atomic_write
-from seqssm.tasks.base import Loaded, build_task
+from seqssm.tasks.base import Loaded, build_task, weights_of
 from seqssm.tasks.evaluation import Resampler
 from seqssm.tasks.markov import MarkovChain
 from seqssm.tasks.pretraining import DNAPretraining
@@ -75,6 +75,7 @@ def evaluate_pretraining(
         "perplexity": _intervals({k: np.concatenate(v) for k, v in sums.items()}, np.concatenate(counts), resampler),
         "uniform": 4.0,
     }
+    report |= weights_of(loaded)
     text = _markdown(report, resampler.note)
     print(text)
     if folder is not None:

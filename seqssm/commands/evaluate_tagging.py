@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from seqssm.data.audio import AudioTaggingDataModule
 from seqssm.errors import UserError
-from seqssm.tasks.base import Loaded, build_task
+from seqssm.tasks.base import Loaded, build_task, weights_of
 from seqssm.tasks.tagging import AudioTagging
 
 DEFAULT_EPOCHS = 30
@@ -99,6 +99,7 @@ def evaluate_tagging(
         thresholds=thresholds,
         item="clip",
     )
+    report |= weights_of(loaded)
     print(reports.to_markdown(report))
     if folder is not None:
         targets = held_out.labels if task.multi_label else np.eye(classes, dtype=np.int64)[held_out.labels]

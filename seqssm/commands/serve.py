@@ -21,6 +21,8 @@ import torch
 
 from seqssm.commands.transcribe import add_decoding_arguments, add_stream_arguments, decoding_config, set_threads
 from seqssm.errors import UserError
+from seqssm.tasks.asr_network import ASRNetwork
+from seqssm.tasks.network import checkpoint_or_default
 
 if TYPE_CHECKING:
     from seqssm.serving.server import Server, Service
@@ -29,7 +31,9 @@ LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--checkpoint", help="of a recogniser: a Lightning .ckpt or a folder in hub format")
+    parser.add_argument(
+        "--checkpoint", help="of a recogniser: a shipped name, a folder in hub format, or a Lightning .ckpt"
+    )
     parser.add_argument("--tag-checkpoint", help="of a causal tagger, for live tags beside the text")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     net = parser.add_argument_group("network")
@@ -79,8 +83,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.load_test:
         args.sessions = max(args.sessions, args.load_test)
-    if args.checkpoint is None:
-        raise UserError("--checkpoint is missing: give a trained recogniser")
+    args.checkpoint = checkpoint_or_default(args.checkpoint, ASRNetwork)
     _check(args)
     set_threads(args)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s")
@@ -147,10 +150,9 @@ def make_service(args: argparse.Namespace, scheme: str, port: int) -> Service:
     from seqssm.serving.client import Limits
     from seqssm.serving.engine import Recogniser, TagEngine
     from seqssm.serving.server import Service
-    from seqssm.tasks.asr import StreamingASR
     from seqssm.tasks.asr_decoding import decoders
-    from seqssm.tasks.base import load_task
-    from seqssm.tasks.tagging import AudioTagging
+    from seqssm.tasks.network import load_network
+    from seqssm.tasks.tagging_network import TaggingNetwork
     from seqssm.tasks.transcripts import EndpointRules
 
     limits = Limits(
@@ -162,7 +164,7 @@ def make_service(args: argparse.Namespace, scheme: str, port: int) -> Service:
         speed=args.speed,
     )
     rules = EndpointRules(args.silence_s, args.after_text_s, args.longest_s)
-    task = load_task(args.checkpoint, StreamingASR).to(args.device)
+    task = load_network(args.checkpoint, ASRNetwork).to(args.device)
     if args.lookahead_ms is not None:
         task.eval_choice = task.menu_position(args.lookahead_ms)  # of clients that do not choose
     make_decoder = decoders(task, decoding_config(args))
@@ -170,7 +172,7 @@ def make_service(args: argparse.Namespace, scheme: str, port: int) -> Service:
     recogniser.warm_up()
     tagger = None
     if args.tag_checkpoint is not None:
-        tagging = load_task(args.tag_checkpoint, AudioTagging).to(args.device)
+        tagging = load_network(args.tag_checkpoint, TaggingNetwork).to(args.device)
         tagger = TagEngine(tagging, args.tag_chunk_ms / 1000, args.threads)
     hosts = {*LOOPBACK, f"[{args.host}]" if ":" in args.host else args.host}
     origins = frozenset({f"{scheme}://{host}:{port}" for host in hosts} | {o.rstrip("/") for o in args.origin})

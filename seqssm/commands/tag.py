@@ -11,25 +11,24 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from seqssm.commands.interrupts import until_interrupted
 from seqssm.data.audio.live import ENCODINGS, LiveAudio
 from seqssm.data.audio.reading import blocks, open_audio
 from seqssm.errors import UserError
 from seqssm.files import atomic_write
-from seqssm.tasks.base import load_task
-from seqssm.tasks.events import FORMATS, Change, EventDetector, EventWriter, ended
+from seqssm.tasks.events import FORMATS, Change, EventWriter, ended
+from seqssm.tasks.network import add_checkpoint_argument, checkpoint_or_default, load_network
 from seqssm.tasks.tag_report import Overview, overview_png, playable, report_html
-from seqssm.tasks.tagging import AudioTagging
-from seqssm.tasks.tagging_stream import LiveTagger, Tagger, TagScores, make_tagger
+from seqssm.tasks.tagging_network import TaggingNetwork
+from seqssm.tasks.tagging_stream import Listener, LiveTagger, Tagger, make_tagger
 
 BLOCK_S = 10.0
 CLIPPED_SHARE = 1e-3
@@ -39,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "files", nargs="+", help="WAV, FLAC, MP3, OGG or Opus; with --live one WAV file that grows, or -"
     )
-    parser.add_argument("--checkpoint", required=True, help="a Lightning .ckpt or a folder in hub format")
+    add_checkpoint_argument(parser)
     parser.add_argument("--top-k", type=int, default=5, help="tags a file (default: 5)")
     parser.add_argument("--output", "-o", type=Path, help="TSV file for the tags; default: standard output")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
@@ -73,9 +72,10 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--top-k is {args.top_k}: ask for one tag at least")
     if args.events or args.report:
         _check_names(args.files, args.folder)
-    task = load_task(args.checkpoint, AudioTagging).to(args.device)
+    args.checkpoint = checkpoint_or_default(args.checkpoint, TaggingNetwork)
+    network = load_network(args.checkpoint, TaggingNetwork).to(args.device)
     if args.live:
-        _live(args, task)
+        _live(args, network)
         return
     if "-" in args.files:
         raise UserError("- is read with --live")
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> None:
         print("file", "label", "probability", "threshold", sep="\t", file=out)
         for name in args.files:
             try:
-                for label, p, threshold in _tag_file(args, task, Path(name)):
+                for label, p, threshold in _tag_file(args, network, Path(name)):
                     print(name, label, f"{p:.4f}", f"{threshold:.4f}", sep="\t", file=out, flush=args.output is None)
             except UserError as error:
                 if not args.skip_bad:
@@ -113,36 +113,14 @@ def _note(text: str) -> None:
     print(f"seqssm: {text}", file=sys.stderr)
 
 
-class Listener:
-    """Turns the scores of one recording into tags, events and a report, as they come."""
-
-    def __init__(self, args: argparse.Namespace, task: AudioTagging) -> None:
-        self.task = task
-        on = np.array(task.thresholds if args.threshold is None else [args.threshold] * len(task.labels))
-        if not 0 <= args.off_ratio <= 1 or (args.threshold is not None and not 0 < args.threshold <= 1):
-            raise UserError("--threshold and --off-ratio must lie between 0 and 1")
-        self.on = np.maximum(on, 1e-6)
-        self.detector = EventDetector(
-            task.labels, task.token_s, self.on, self.on * args.off_ratio, args.min_duration_s, args.max_gap_s
-        )
-        self.clip: NDArray[np.float64] | None = None
-        self.last: NDArray[np.float64] = np.zeros((0, len(task.labels)))  # the latest tokens' probabilities
-
-    def hear(self, scores: Iterable[TagScores]) -> list[Change]:
-        """What began and ended."""
-        tables = []
-        for one in scores:
-            tables.append(self.task.probabilities(one.frames[0].double()).cpu().numpy())
-            self.clip = self.task.probabilities(one.clip[0].double()).cpu().numpy()
-        self.last = np.concatenate(tables) if tables else self.last[:0]
-        return self.detector.accept(self.last)
-
-    def tags(self, k: int) -> list[tuple[str, float, float]]:
-        """Label, probability and threshold of the best k."""
-        if self.clip is None:
-            return []
-        order = np.argsort(-self.clip, kind="stable")[:k]
-        return [(self.task.labels[c], float(self.clip[c]), float(self.on[c])) for c in order]
+def _listener(args: argparse.Namespace, network: TaggingNetwork) -> Listener:
+    return Listener(
+        network,
+        threshold=args.threshold,
+        off_ratio=args.off_ratio,
+        min_duration_s=args.min_duration_s,
+        max_gap_s=args.max_gap_s,
+    )
 
 
 @contextmanager
@@ -163,16 +141,17 @@ def _event_files(args: argparse.Namespace, name: str) -> Iterator[Callable[[list
         yield write
 
 
-def _tag_file(args: argparse.Namespace, task: AudioTagging, path: Path) -> list[tuple[str, float, float]]:
+def _tag_file(args: argparse.Namespace, network: TaggingNetwork, path: Path) -> list[tuple[str, float, float]]:
     from seqssm.data.progress import progress_bar
 
     begin = time.monotonic()
     with open_audio(path) as file:
         n_samples, rate, channels = file.frames, file.samplerate, file.channels
-    listener = Listener(args, task)
-    overview = Overview(n_samples / rate, task.features.n_mels, len(task.labels)) if args.report else None
-    tagger: Tagger = make_tagger(task, rate, args.window_s)
-    hop_s = task.features.hop_samples / task.features.sample_rate
+    listener = _listener(args, network)
+    overview = Overview(n_samples / rate, network.features.n_mels, len(network.labels)) if args.report else None
+    network.prepare_for(round(n_samples / rate / network.token_s))
+    tagger: Tagger = make_tagger(network, rate, args.window_s)
+    hop_s = network.features.hop_samples / network.features.sample_rate
     heard = clipped = 0
     loudest = 0.0
 
@@ -180,7 +159,7 @@ def _tag_file(args: argparse.Namespace, task: AudioTagging, path: Path) -> list[
         write(changes)
         if overview is not None:
             overview.add_frames(tagger.frames.numpy(), hop_s)
-            overview.add_scores(listener.last, task.token_s)
+            overview.add_scores(listener.last, network.token_s)
             overview.add_events(ended(changes))
 
     with torch.inference_mode(), _event_files(args, str(path)) as write, progress_bar(path.name, n_samples) as advance:
@@ -210,7 +189,7 @@ def _tag_file(args: argparse.Namespace, task: AudioTagging, path: Path) -> list[
             ("checkpoint", str(args.checkpoint)),
             ("command", args.command_line),
         ]
-        png = overview_png(overview, task.labels, path.name)
+        png = overview_png(overview, network.labels, path.name)
         page = report_html(png, playable(path, args.folder), title=path.name, facts=facts, tags=tags, overview=overview)
         with atomic_write(args.folder / f"{path.stem}.png", "wb") as file:
             file.write(png)
@@ -224,7 +203,7 @@ def _tag_file(args: argparse.Namespace, task: AudioTagging, path: Path) -> list[
 # ---- live ----------------------------------------------------------------------------------------------------------
 
 
-def _live(args: argparse.Namespace, task: AudioTagging) -> None:
+def _live(args: argparse.Namespace, network: TaggingNetwork) -> None:
     if len(args.files) != 1:
         raise UserError("--live listens to one stream: give - or one file")
     if args.report:
@@ -241,8 +220,8 @@ def _live(args: argparse.Namespace, task: AudioTagging) -> None:
             stream = stack.enter_context(open(name, "rb"))
             options["follow_s"] = args.idle_s
         audio = LiveAudio(stream, "standard input" if name == "-" else name, **options)
-        listener = Listener(args, task)
-        tagger = LiveTagger(task, audio.rate, args.chunk_ms / 1000)
+        listener = _listener(args, network)
+        tagger = LiveTagger(network, audio.rate, args.chunk_ms / 1000)
         write = stack.enter_context(_event_files(args, name))
         for samples in stack.enter_context(until_interrupted(audio)):
             _tell(listener.hear(tagger.accept(samples)), write, args.jsonl)

@@ -25,10 +25,10 @@ from seqssm.data.audio.live import ENCODINGS, LiveAudio
 from seqssm.data.audio.reading import blocks, open_audio
 from seqssm.errors import UserError
 from seqssm.files import atomic_write
-from seqssm.tasks.asr import StreamingASR
 from seqssm.tasks.asr_decoding import METHODS, DecodingConfig, decoders
+from seqssm.tasks.asr_network import ASRNetwork
 from seqssm.tasks.asr_stream import Transcriber
-from seqssm.tasks.base import load_task
+from seqssm.tasks.network import add_checkpoint_argument, checkpoint_or_default, load_network
 from seqssm.tasks.transcripts import FORMATS, EndpointRules, Result, TranscriptWriter
 
 BLOCK_S = 10.0
@@ -37,7 +37,7 @@ SUFFIXES = {"text": "txt", "json": "jsonl", "srt": "srt", "vtt": "vtt"}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", nargs="+", help="WAV, FLAC, MP3, OGG or Opus; or -, a live stream on standard input")
-    parser.add_argument("--checkpoint", required=True, help="a Lightning .ckpt or a folder in hub format")
+    add_checkpoint_argument(parser)
     parser.add_argument("--format", choices=FORMATS, default="text", help="default: %(default)s; json is JSON lines")
     parser.add_argument("--output", "-o", type=Path, help="file to write; default: standard output")
     parser.add_argument(
@@ -118,10 +118,12 @@ def run(args: argparse.Namespace) -> None:
     set_threads(args)
     rules = EndpointRules(args.silence_s, args.after_text_s, args.longest_s)
     config = decoding_config(args)
-    task = load_task(args.checkpoint, StreamingASR).to(args.device)
+    task = load_network(checkpoint_or_default(args.checkpoint, ASRNetwork), ASRNetwork).to(args.device)
     make_decoder = decoders(task, config)
 
-    def transcriber(rate: int) -> Transcriber:
+    def transcriber(rate: int, seconds: float | None = None) -> Transcriber:
+        if seconds is not None:
+            task.prepare_for(round(seconds / task.token_s))
         return Transcriber(
             task, rate, lookahead_ms=args.lookahead_ms, chunk_ms=args.chunk_ms, decoder=make_decoder(), rules=rules
         )
@@ -218,13 +220,13 @@ def _writing(writer: TranscriptWriter, flushed: IO[str] | None = None) -> Write:
     return write
 
 
-def _transcribe_file(path: Path, transcriber: Callable[[int], Transcriber], write: Write) -> None:
+def _transcribe_file(path: Path, transcriber: Callable[[int, float], Transcriber], write: Write) -> None:
     from seqssm.data.progress import progress_bar
 
     begin = time.monotonic()
     with open_audio(path) as file:
         n_samples, rate = file.frames, file.samplerate
-    stream = transcriber(rate)
+    stream = transcriber(rate, n_samples / rate)
     loudest = 0.0
     with progress_bar(path.name, n_samples) as advance:
         for samples, _ in blocks(path, BLOCK_S):

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from seqssm.tasks.asr import StreamingASR
+from seqssm.tasks.asr_network import ASRNetwork
 from seqssm.tasks.asr_stream import Session, SlotTable
 from seqssm.tasks.decoding.emissions import Decoder
 from seqssm.tasks.events import Change, EventDetector
-from seqssm.tasks.tagging import AudioTagging
+from seqssm.tasks.tagging_network import TaggingNetwork
 from seqssm.tasks.tagging_stream import LiveTagger
 from seqssm.tasks.transcripts import EndpointRules, Result
 
@@ -166,7 +166,7 @@ class Recogniser(Engine[Session]):
 
     def __init__(
         self,
-        task: StreamingASR,
+        task: ASRNetwork,
         slots: int,
         chunk_ms: float,
         make_decoder: Callable[[], Decoder],
@@ -178,7 +178,7 @@ class Recogniser(Engine[Session]):
         self._make_decoder, self._rules = make_decoder, rules
 
     @property
-    def task(self) -> StreamingASR:
+    def task(self) -> ASRNetwork:
         return self.table.task
 
     @property
@@ -244,7 +244,7 @@ class TagListener:
         off_ratio: an event lasts while it stays above so much of its threshold.
     """
 
-    def __init__(self, task: AudioTagging, rate: int, chunk_s: float, off_ratio: float = 0.6) -> None:
+    def __init__(self, task: TaggingNetwork, rate: int, chunk_s: float, off_ratio: float = 0.6) -> None:
         self._task, self._tagger = task, LiveTagger(task, rate, chunk_s)
         self._on = np.maximum(np.array(task.thresholds, np.float64), 1e-6)
         self._detector = EventDetector(task.labels, task.token_s, self._on, self._on * off_ratio)
@@ -284,7 +284,7 @@ class TagEngine(Engine[TagListener]):
         UserError: the model looks ahead.
     """
 
-    def __init__(self, task: AudioTagging, chunk_s: float, threads: int = 1) -> None:
+    def __init__(self, task: TaggingNetwork, chunk_s: float, threads: int = 1) -> None:
         super().__init__("tagger", threads)
         self.task, self.chunk_s = task, chunk_s
         self.warm_up()

@@ -1,5 +1,8 @@
+import hashlib
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from seqssm import hub
 from seqssm.backbone import BackboneConfig, LanguageModel, MixerSpec
 from seqssm.errors import UserError
+from seqssm.hub import folders
 
 
 def make() -> LanguageModel:
@@ -52,8 +56,8 @@ def test_round_trip(tmp_path):
     assert torch.equal(loaded(tokens)[0], model(tokens)[0])
     _, front, body = (folder / "README.md").read_text().split("---\n", 2)
     assert yaml.safe_load(front)["library_name"] == "seqssm"
-    assert "| accuracy | 0.910 | 0.880 to 0.930 | 200 |" in body
-    assert "| mcc | 0.500 |  |  |" in body
+    assert "| accuracy | 0.910 [0.880, 0.930] |" in body
+    assert "| MCC | 0.500 |" in body
 
 
 def test_shared_and_strided_weights_are_kept(tmp_path):
@@ -118,7 +122,7 @@ def truncate_weights(folder):
 
 def forge_garbage(folder):
     (folder / "model.safetensors").write_bytes(b"garbage")
-    edit(folder, sha256=hub._sha256(folder / "model.safetensors"))
+    edit(folder, sha256=hashlib.sha256(b"garbage").hexdigest())
 
 
 @pytest.mark.parametrize(
@@ -132,6 +136,9 @@ def forge_garbage(folder):
         (lambda f: edit(f, run_me="code"), "unknown key run_me"),
         (lambda f: edit(f, sha256=None), "missing key sha256"),
         (lambda f: edit(f, init_args=[]), "init_args"),
+        (lambda f: (f / "README.md").unlink(), "no model card"),
+        (lambda f: edit(f, network={"class_path": "os.system"}), "training_args"),
+        (lambda f: edit(f, network={"class_path": "os.system", "training_args": []}), "not one of seqssm's"),
         (tamper_weights, "not the file that was saved"),
         (truncate_weights, "not the file that was saved"),
         (forge_garbage, "not a safetensors file"),
@@ -156,11 +163,138 @@ def test_damaged_checkpoints_are_refused_in_one_line(saved, damage, words):
     assert "\n" not in str(caught.value)
 
 
+def test_a_full_disk_is_told_and_the_old_checkpoint_stays(saved, tmp_path):
+    """No file of the process may grow past 4 KiB: the weights do not fit, and the system says so."""
+    before = {p.name: p.read_bytes() for p in saved.iterdir()}
+    code = """
+import resource, sys, torch
+from seqssm import hub
+from seqssm.errors import UserError
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+try:
+    hub.save(sys.argv[1], {"task": "seqssm.X", "init_args": {}}, {"w": torch.zeros(10_000)})
+except UserError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(saved)], capture_output=True, text=True, check=True)
+    assert done.stdout == f"cannot write the checkpoint {saved}: File too large; choose another place\n"
+    assert {p.name: p.read_bytes() for p in saved.iterdir()} == before
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+NOTES = """
+license: cc-by-nc-4.0
+summary: A test.
+data: [{name: clips, license: CC-BY-NC-3.0}]
+not_for: [anything]
+default: true
+"""
+
+
+def test_cards_are_made_of_the_other_files(tmp_path):
+    model = make()
+    metrics = {
+        "metrics": {"accuracy": {"value": 0.91, "low": 0.88, "high": 0.93, "n": 200}},
+        "baselines": {"majority": {"accuracy": {"value": 0.5, "low": 0.5, "high": 0.5, "n": 200}}},
+        "differences": {"majority": {"accuracy": {"value": 0.41, "low": 0.38, "high": 0.43, "n": 200}}},
+        "command": "seqssm evaluate",
+        "data": {"path": "clips", "split": "test"},
+    }
+    folder = hub.save(tmp_path / "m", config_of(model), model.state_dict(), metrics=metrics, notes=NOTES)
+    card = (folder / "README.md").read_text()
+    assert card == hub.make_card(folder)
+    _, front, body = card.split("---\n", 2)
+    front = yaml.safe_load(front)
+    assert front["license"] == "cc-by-nc-4.0"
+    assert front["datasets"] == ["clips"]
+    (result,) = front["model-index"][0]["results"]
+    assert result["metrics"] == [{"type": "accuracy", "name": "accuracy", "value": 0.91}]
+    assert "| accuracy | 0.910 [0.880, 0.930] | 0.500 [0.500, 0.500] |" in body
+    assert "| accuracy | +0.410 [+0.380, +0.430] |" in body
+    assert "- clips, licence CC-BY-NC-3.0" in body
+    assert "## Not good for\n\n- anything\n" in body
+    metrics["metrics"]["accuracy"]["value"] = 0.92
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    assert hub.make_card(folder) == card.replace("0.910 [", "0.920 [").replace("value: 0.91\n", "value: 0.92\n")
+    longer = {**metrics, "metrics": {"accuracy": {"value": 0.7}}}
+    (folder / "metrics-2^20.json").write_text(json.dumps(longer))
+    assert "## Results: 2^20\n\n|  | model | majority |\n|---|---|---|\n| accuracy | 0.700 |" in hub.make_card(folder)
+
+
+def test_cards_of_speech_and_pretraining(tmp_path):
+    """Reports of other forms: error rates are not called values, and perplexities hold their own baselines."""
+    rate = {"rate": 0.05, "low": 0.04, "high": 0.06, "reference": 773}
+    speech = {
+        "wer": rate,
+        "cer": {**rate, "rate": 0.02},
+        "utterances": 130,
+        "speakers": 10,
+        "minutes": 6.0,
+        "lookahead_ms": 320,
+        "decoding": "greedy",
+        "first_text_ms": {"p50": 300.0, "p90": 400.0},
+        "real_time_factor": 0.01,
+        "device": "cpu",
+        "data": "an4",
+        "split": "test",
+    }
+    perplexity = {"model": {"value": 3.2, "low": 3.1, "high": 3.3}, "Markov chain, order 9": {"value": 3.6}}
+    config = config_of(make())
+    card = (hub.save(tmp_path / "s", config, {}, metrics=speech) / "README.md").read_text()
+    assert "| WER | 0.050 [0.040, 0.060] |" in card
+    assert "first text: P50 300 ms, P90 400 ms" in card
+    folder = hub.save(tmp_path / "p", config, {}, metrics={"perplexity": perplexity, "split": "test"})
+    card = (folder / "README.md").read_text()
+    assert "|  | model | Markov chain, order 9 |" in card
+    assert "| perplexity | 3.200 [3.100, 3.300] | 3.600 |" in card
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("license: [", "not YAML"),
+        ("licence: mit", "unknown key licence"),
+        ("- a", "unknown key a table"),
+        ("data: [{title: x}]", "data must be a list"),
+        ("data: [{name: x}]", "license"),
+        ("default: 3", "default must be a bool"),
+        ("not_for: speech", "not_for must be a list"),
+    ],
+)
+def test_notes_are_checked(text, words, tmp_path):
+    with pytest.raises(UserError, match=words) as caught:
+        hub.save(tmp_path / "m", {"task": "seqssm.X", "init_args": {}}, {}, notes=text)
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_metrics_that_hold_no_scores_are_refused(saved):
+    (saved / "metrics.json").write_text('{"metrics": {}}')
+    with pytest.raises(UserError, match="no scores"):
+        hub.make_card(saved)
+
+
+def test_the_default_is_marked_or_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(folders, "PRETRAINED", tmp_path)
+    model, path = make(), "seqssm.backbone.LanguageModel"
+    config = {**config_of(model), "network": {"class_path": path, "training_args": []}}
+    assert hub.default(path) is None
+    hub.save(tmp_path / "one", config, model.state_dict())
+    assert hub.default(path) == "one"
+    hub.save(tmp_path / "two", config, model.state_dict())
+    assert hub.default(path) is None
+    hub.save(tmp_path / "three", config, model.state_dict(), notes="default: true")
+    assert hub.default(path) == "three"
+    assert hub.default("seqssm.X") is None
+
+
 def test_names_resolve(saved, tmp_path, monkeypatch):
     assert hub.resolve(saved) == saved
-    with pytest.raises(UserError, match="no such folder"):
+    with pytest.raises(UserError, match="no such checkpoint"):
         hub.resolve("dna-nothing")
-    monkeypatch.setattr(hub, "__file__", str(tmp_path / "hub.py"))
+    with pytest.raises(UserError, match=r"cannot have \.\. in it"):
+        hub.resolve("dna/../../etc")
+    monkeypatch.setattr(folders, "PRETRAINED", tmp_path / "pretrained")
     hub.save(tmp_path / "pretrained" / "dna-small", config_of(make()), make().state_dict())
     assert hub.shipped() == {"dna-small": tmp_path / "pretrained" / "dna-small"}
     assert hub.resolve("dna-small") == tmp_path / "pretrained" / "dna-small"

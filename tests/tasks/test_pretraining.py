@@ -271,9 +271,9 @@ def test_init_from_says_what_fits_and_refuses_other_shapes(tmp_path: Path, caplo
     with caplog.at_level("INFO"):
         DNAClassification(["a", "b"], source.backbone_config, kmer=3, motif=5, init_from=folder)
     said = " ".join(record.getMessage() for record in caplog.records)
-    assert "new: embedding.motifs.weight, head.1.bias, head.1.weight;" in said
-    assert "not used: base_head.bias, base_head.weight" in said
-    with pytest.raises(UserError, match=r"embedding\.kmers\.weight is \(65, 16\) there and \(257, 16\) here"):
+    assert "(other labels): embedding.motifs.weight, head.1.weight, head.1.bias\n" in said
+    assert "not used: base_head.bias, base_head.weight\n" in said
+    with pytest.raises(UserError, match=r"embedding\.kmers\.weight \(\(65, 16\) there, \(257, 16\) here\)"):
         DNAClassification(["a", "b"], source.backbone_config, kmer=4, init_from=folder)
-    with pytest.raises(UserError, match="backbone weights do not fit"):
+    with pytest.raises(UserError, match=r"weights do not fit this model, the first backbone\..*n_layers 2 -> 3"):
         DNAClassification(["a", "b"], BackboneConfig(d_model=16, n_layers=3, mixers=MAMBA), init_from=folder)

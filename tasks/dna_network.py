@@ -1,0 +1,250 @@
+"""The DNA classifier: a sequence in, one label out, from tens of bases to whole chromosomes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from seqssm.backbone import Backbone, BackboneConfig
+from seqssm.data.dna.alphabet import reverse_complement
+from seqssm.data.dna.prediction import FastaWindow, FastaWindows, is_sequence, sequence_windows, window_batches
+from seqssm.errors import UserError
+from seqssm.longcontext.chunked import check_chunkable, fold_backbone
+from seqssm.tasks.dna_layers import Pooling, PoolingMode, SequenceEmbedding
+from seqssm.tasks.network import Network
+
+
+class LabelledWindow(NamedTuple):
+    """Bases start_bp to end_bp (0-based, exclusive) of a record, their label, and a probability a label.
+
+    Both are None for a window of nothing but N.
+    """
+
+    record: str
+    start_bp: int
+    end_bp: int
+    label: str | None
+    probabilities: list[float] | None
+
+
+class DNANetwork(Network):
+    """Score DNA sequences.
+
+    Args:
+        labels: class names in the order of the outputs; the command line takes them from the data.
+        backbone: the model; ``reverse_complement: true`` in it makes the answer the same for both strands, exactly.
+        kmer: embed each position not only as its base but also as the k-mer that ends there, read along the strand:
+            composition is then one linear layer away. 1 for bases alone.
+        motif: add to each position a convolution so many bases wide over the one-hot bases, a bank of motifs; 0 for
+            none.
+        patch: average the embeddings of so many neighbouring bases into one position of the backbone: long windows at
+            a fraction of the cost, where the order of single bases matters less than composition. 1 for none.
+        positions: learn a vector for each of so many places in a window, which then may not be longer. For windows that
+            are aligned, at a transcription start, say: what a motif means there depends on where it stands. 0 for none.
+        pooling: how positions become one vector: their mean, their maximum, both side by side (``mean_max``), or the
+            last real one (for causal models).
+        pool_bins: pool so many equal parts of a window each by itself, for aligned windows, too; 1 pools the whole.
+        standardize: scale what enters the backbone, and the pooled vector, by their statistics over the training
+            windows (batch normalisation). The composition of long windows, and of patches, differs little from one to
+            the next, and without it learning is slow.
+        head_dropout: dropout of the pooled vector.
+        average_strands: outside training, average the probabilities of the sequence and its reverse complement.
+        chunk_length: run longer windows in chunks of so many bases, with the gradients of one pass in the memory of one
+            chunk, for a causal backbone without attention (:mod:`seqssm.longcontext.chunked`); 0 for one pass.
+        chunk_offload: keep what crosses the borders between chunks in the memory of the host.
+    """
+
+    kind: ClassVar[str] = "DNA classifier"
+    head_parts: ClassVar[tuple[str, ...]] = ("head", "standardize")
+
+    def __init__(
+        self,
+        labels: list[str],
+        backbone: BackboneConfig = BackboneConfig(),  # noqa: B008 - frozen
+        kmer: int = 1,
+        motif: int = 0,
+        patch: int = 1,
+        positions: int = 0,
+        pooling: PoolingMode = "mean",
+        pool_bins: int = 1,
+        standardize: bool = False,
+        head_dropout: float = 0.0,
+        average_strands: bool = True,
+        chunk_length: int = 0,
+        chunk_offload: bool = False,
+        **training: Any,
+    ) -> None:
+        super().__init__(
+            backbone,
+            labels=list(labels),
+            kmer=kmer,
+            motif=motif,
+            patch=patch,
+            positions=positions,
+            pooling=pooling,
+            pool_bins=pool_bins,
+            standardize=standardize,
+            head_dropout=head_dropout,
+            average_strands=average_strands,
+            chunk_length=chunk_length,
+            chunk_offload=chunk_offload,
+            **training,
+        )
+        self.labels = list(labels)
+        self.patch = patch
+        self.average_strands = average_strands
+        self.chunk_length, self.chunk_offload = chunk_length, chunk_offload
+
+        config = self.backbone_config
+        if patch > 1 and config.reverse_complement:
+            raise UserError(
+                "model.patch must be 1 with backbone.reverse_complement: patches of the strands do not align"
+            )
+        if patch > 1 and (motif or positions):
+            raise UserError("model.motif and model.positions must be 0 with model.patch: its positions are means")
+        if pooling == "last" and pool_bins > 1:
+            raise UserError("model.pool_bins must be 1 with model.pooling last: there is one last position")
+        self.backbone = Backbone(config)
+        if chunk_length:
+            self._check_chunks(positions, standardize)
+        self.embedding = SequenceEmbedding(
+            config.d_model, kmer, motif, patch, positions, self.backbone.causal, standardize
+        )
+        self.pooling = Pooling(pooling, pool_bins, strands=config.reverse_complement)
+        width = self.pooling.width * config.d_model
+        self.standardize = nn.BatchNorm1d(width) if standardize else nn.Identity()
+        self.head = nn.Sequential(nn.Dropout(head_dropout), nn.Linear(width, len(labels)))
+
+    def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """Score sequences.
+
+        Args:
+            tokens: (b, l) uint8 token ids, padded on the right.
+            lengths: (b,) real tokens of each sequence, at least 1.
+
+        Returns:
+            (b, c) float32 logits. Padding and neighbours in the batch do not change them.
+        """
+        return self.score(self.pool(tokens, lengths))
+
+    def pool(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """(b, width) pooled outputs of the backbone, before the head; arguments as of :meth:`forward`."""
+        if 0 < self.chunk_length < tokens.shape[1]:
+            return self._pool_chunks(tokens, lengths)
+        x = self.embedding(tokens, lengths)  # (b, l, d), l counting patches from here on
+        if self.backbone_config.reverse_complement:
+            other = self.embedding(tokens, lengths, other_strand=True)
+            x = torch.cat([x, other], dim=-1)  # (b, l, 2d)
+        lengths = -(-lengths // self.patch)
+        real = torch.arange(x.shape[1], device=x.device) < lengths[:, None]  # (b, l)
+        # Padding precedes the real tokens of a backward scan: its own segment keeps it out of their state.
+        seq_idx = None if self.backbone.causal or bool(real.all()) else (~real).to(torch.int32)
+        y, _ = self.backbone(x, seq_idx=seq_idx)
+        return self.pooling(y, lengths)
+
+    def _pool_chunks(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        patches = -(-lengths // self.patch)
+        wide = torch.promote_types(self.backbone.norm.weight.dtype, torch.float32)
+
+        def embed(start: int, stop: int) -> Tensor:
+            return self.embedding.chunk(tokens, lengths, start * self.patch, stop * self.patch)
+
+        gathered, _ = fold_backbone(
+            self.backbone,
+            embed,
+            lambda gathered, y, start: self.pooling.update(gathered, y, patches, start),
+            self.pooling.start(patches, self.backbone_config.d_model, wide),
+            length=-(-tokens.shape[1] // self.patch),
+            chunk_length=self.chunk_length // self.patch,
+            modules=[self.embedding],
+            offload=self.chunk_offload,
+        )
+        return self.pooling.finish(gathered, patches, wide)
+
+    def _check_chunks(self, positions: int, standardize: bool) -> None:
+        if self.chunk_length < 0 or self.chunk_length % self.patch:
+            raise UserError(
+                f"model.chunk_length is {self.chunk_length}: give a multiple of model.patch ({self.patch}), or 0"
+            )
+        if positions or standardize:
+            raise UserError(
+                "model.chunk_length cannot go with model.positions, which are for short windows, nor with "
+                "model.standardize, which needs statistics of the whole window before its first chunk: leave one out"
+            )
+        check_chunkable(self.backbone, self.chunk_length // self.patch, "model.chunk_length")
+
+    def score(self, pooled: Tensor) -> Tensor:
+        """(b, width · d) pooled vectors to (b, c) logits, never in 16 bit."""
+        with torch.autocast(device_type=pooled.device.type, enabled=False):
+            return self.head(self.standardize(pooled))
+
+    def check_unaligned(self) -> None:
+        """Raise UserError where the model can only say something of whole, aligned windows."""
+        if self.pooling.bins > 1 or self.embedding.places is not None:
+            raise UserError(
+                "this model was made for aligned windows (model.pool_bins or model.positions) and says nothing of a "
+                "place in a long sequence; train one with model.pool_bins: 1 and model.positions: 0"
+            )
+
+    def predict_proba(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """(b, c) float32 probabilities, averaged over both strands if the task says so."""
+        probabilities = self(tokens, lengths).softmax(-1)
+        if self.average_strands and not self.backbone_config.reverse_complement:
+            other = self(reverse_complement(tokens, lengths), lengths).softmax(-1)
+            probabilities = (probabilities + other) / 2
+        return probabilities
+
+    def predict(
+        self,
+        source: str | Path | Sequence[str],
+        *,
+        window_bp: int | None = None,
+        stride_bp: int | None = None,
+        batch_size: int = 8,
+    ) -> list[LabelledWindow]:
+        """Label sequences, or the windows of a sequence file.
+
+        Args:
+            source: a sequence in IUPAC letters, several of them, or the path of a file: FASTA (also gz, bgzip),
+                GenBank, EMBL, 2bit. Text of IUPAC letters alone is a sequence; a ``Path`` is always a file.
+            window_bp: bases a window of a file; as trained by default, 0 for whole records. A sequence is one window.
+            stride_bp: bases between window starts; the window by default.
+            batch_size: windows a forward pass.
+
+        Returns:
+            A row a window, in order; sequences are called ``sequence 1`` and so on.
+
+        Raises:
+            UserError: a file cannot be read, or a sequence holds other letters.
+        """
+        if isinstance(source, Path) or (isinstance(source, str) and not is_sequence(source)):
+            trained_bp = self.trained_on.get("window_bp")
+            window_bp = (trained_bp if window_bp is None else window_bp) or None
+            windows: Iterable[FastaWindow] = FastaWindows(source, window_bp, stride_bp)
+        else:
+            windows = sequence_windows([source] if isinstance(source, str) else source)
+        return list(self.label_windows(windows, batch_size))
+
+    def label_windows(self, windows: Iterable[FastaWindow], batch_size: int = 8) -> Iterator[LabelledWindow]:
+        """Label windows as they come, ``batch_size`` at once."""
+        device = self.device
+        for group, batch in window_batches(windows, batch_size):
+            with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, device.type == "cuda"):
+                rows = self.predict_proba(batch.tokens.to(device), batch.lengths.to(device)).float().cpu()
+            for window, row in zip(group, rows, strict=True):
+                where = (window.record, window.start_bp, window.end_bp)
+                if window.n_fraction < 1:
+                    yield LabelledWindow(*where, self.labels[int(row.argmax())], row.tolist())
+                else:  # a window of nothing but N holds no evidence
+                    yield LabelledWindow(*where, None, None)
+
+    def probe(self, seed: int = 0) -> Tensor:
+        places = self.embedding.places
+        length = 1000 if places is None else len(places)
+        tokens = torch.randint(4, (8, length), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+        with torch.inference_mode():
+            return self.predict_proba(tokens, torch.full((8,), length))

@@ -1,0 +1,129 @@
+"""Lightning checkpoints to hub folders and back."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from seqssm import hub
+from seqssm.errors import UserError
+from seqssm.files import atomic_write
+from seqssm.mixers import Mixer
+from seqssm.tasks.network import CHECKPOINT_KEY, Loaded, Network, build_network, read_checkpoint
+
+TRAINING = ("epochs", "steps", "base_seed")
+_ABSOLUTE = re.compile(r"/|[A-Za-z]:\\|~")
+
+
+def export(
+    checkpoint: str | Path,
+    folder: str | Path,
+    *,
+    half: bool = False,
+    tolerance: float = 1e-3,
+    notes: str | None = None,
+    metrics: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write any checkpoint as a hub folder, with the weights that evaluation uses (averaged ones, where there are).
+
+    The folder's own card.yaml stays where no other is given. Paths of the training data lose their folders.
+
+    Args:
+        checkpoint: a Lightning ``.ckpt``, a hub folder, or a shipped name.
+        folder: where; an older checkpoint there is replaced.
+        half: store matrices as float16; state-space parameters, vectors and statistics stay float32.
+        tolerance: the greatest change of a probability that this may cause.
+        notes: YAML, the hand-written part of the card.
+        metrics: what `seqssm evaluate` found for these weights.
+
+    Raises:
+        UserError: the checkpoint cannot be read, the folder cannot be written, or float16 changes the output.
+    """
+    loaded = read_checkpoint(checkpoint)
+    description, folder = loaded.description, Path(folder)
+    config: dict[str, Any] = {key: description[key] for key in ("task", "init_args", "version") if key in description}
+    network = description.get("network") or _network(loaded, str(checkpoint))
+    config |= {"network": network} if network else {}
+    config |= {"data": _without_folders(loaded.data)} if loaded.data else {}
+    training = {key: description[key] for key in TRAINING if description.get(key) is not None}
+    config |= {"training": training} if training else {}
+    weights = loaded.weights
+    if half:
+        described = Loaded({**description, **config}, weights, loaded.data)
+        weights, config["storage"] = _halved(build_network(described, Network, str(checkpoint)), tolerance)
+    elif description.get("storage"):
+        config["storage"] = description["storage"]
+    if notes is None and (folder / hub.NOTES).is_file():
+        notes = (folder / hub.NOTES).read_text(encoding="utf-8")
+    return hub.save(folder, config, weights, metrics=metrics, notes=notes)
+
+
+def _network(loaded: Loaded, name: str) -> dict[str, Any] | None:
+    """What a checkpoint from before tasks said so would say of the network that answers."""
+    from seqssm.tasks.base import Task, build_task
+
+    return build_task(loaded, Task, name).describe().get("network")
+
+
+def _without_folders(value: Any) -> Any:
+    """Paths of another machine mean nothing to others: their last part stays."""
+    if isinstance(value, Mapping):
+        return {key: _without_folders(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(one) for one in value]
+    return Path(value).name if isinstance(value, str) and _ABSOLUTE.match(value) else value
+
+
+def _halved(network: Network, tolerance: float) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The weights with matrices in float16, and what that changed."""
+    kept = {
+        f"{name}.{parameter}"
+        for name, module in network.named_modules()
+        if isinstance(module, Mixer)
+        for parameter in module.float32_parameters
+    }
+    before = network.probe().double()
+    whole = network.state_dict()
+    weights = {
+        key: value.half() if value.dim() > 1 and value.is_floating_point() and key not in kept else value.clone()
+        for key, value in whole.items()
+    }
+    network.load_state_dict(weights)
+    after = network.probe().double()
+    change = float((after - before).abs().max())
+    if not change <= tolerance:  # also where it is NaN
+        raise UserError(
+            f"float16 changes a probability by {change:.2g}, more than {tolerance:g}: keep float32, or set --tolerance"
+        )
+    return weights, {"dtype": "float16", "largest_change": change, "outputs": before.numel()}
+
+
+def to_lightning(checkpoint: str | Path, path: str | Path) -> Path:
+    """Write any checkpoint as a Lightning ``.ckpt`` that ``init_from``, evaluation and ``load_from_checkpoint`` take.
+
+    It holds no optimizer: training can start from it, not go on.
+
+    Raises:
+        UserError: the checkpoint cannot be read, or the file cannot be written.
+    """
+    import lightning.pytorch as pl
+
+    loaded, path = read_checkpoint(checkpoint), Path(path)
+    about = loaded.description
+    description = {key: about[key] for key in ("version", "task", "init_args", "network", *TRAINING) if key in about}
+    content = {
+        "epoch": 0,
+        "global_step": 0,
+        "pytorch-lightning_version": pl.__version__,
+        "state_dict": {key: v.float() if v.is_floating_point() else v for key, v in loaded.weights.items()},
+        "hyper_parameters": {**about["init_args"], "_class_path": about["task"]},
+        CHECKPOINT_KEY: {**description, "data": loaded.data},
+    }
+    with atomic_write(path, "wb") as file:
+        torch.save(content, file)
+    return path
