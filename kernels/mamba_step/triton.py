@@ -14,7 +14,7 @@ _ROWS, _CHANNELS = 8, 16
 # Elements of a row that are summed at once.
 _SPAN = 256
 # Let a launch begin before the one before it has ended (compute capability 9 and up): it reads its weights meanwhile.
-OVERLAP = False
+OVERLAP = True
 
 
 def step(
