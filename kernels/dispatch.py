@@ -58,7 +58,7 @@ def differentiable(
         return outputs
 
     members = {"forward": staticmethod(forward_eagerly), "backward": staticmethod(backward)}
-    eager_function = type(name, (torch.autograd.Function,), members)
+    eager_function: Any = type(name, (torch.autograd.Function,), members)
 
     def call(*inputs):  # type: ignore[no-untyped-def]
         if not _eager(inputs):

@@ -194,7 +194,7 @@ class EmbeddingFile:
         if self.growing.exists():
             return zarr.open_array(self.growing, mode="r+")
         rows = max(1, min(shape[0], ZARR_CHUNK_BYTES // (shape[1] * self.dtype.itemsize)))
-        attributes = {"rows": [dict(zip(self.table[0], line, strict=True)) for line in self.table[1:]]}
+        attributes: dict[str, Any] = {"rows": [dict(zip(self.table[0], line, strict=True)) for line in self.table[1:]]}
         return zarr.create_array(
             self.growing, shape=shape, chunks=(rows, shape[1]), dtype=self.dtype, attributes=attributes
         )

@@ -327,7 +327,7 @@ def _pass_states(launch: _Launcher, carry: Tensor, totals: Tensor, entering: Ten
     )  # fmt: skip
 
 
-def _carried(states: Tensor, single: Tensor | None) -> tuple[Tensor | None, int, int, int, int, int]:
+def _carried(states: Tensor, single: Tensor | None) -> tuple[Tensor | int | None, ...]:
     """States (b, segments, h, n, p) and their strides; where there is one segment, ``single`` (b, h, p, n) as such."""
     if states.numel():
         return (states, *states.stride())

@@ -252,7 +252,7 @@ def test_accuracy_on_a_gpu(name: str, dtype: torch.dtype) -> None:
     finally:
         torch.set_float32_matmul_precision(before)
     # In float64 the yardstick is the reference itself, whose error counts as none: sums in another order differ.
-    assert_accurate(case, actual, dtype, roundings=64 if dtype == torch.float64 else 16)
+    assert_accurate(case, actual, dtype, roundings=128 if dtype == torch.float64 else 16)
 
 
 def test_a_second_derivative_is_refused() -> None:
