@@ -207,48 +207,25 @@ def zeros(TILE: tl.constexpr, BLOCK: tl.constexpr):
     return tile
 
 
-def sum_and_store_assembly(count: int, pack: int, tensor_cores: bool) -> tuple[str, str]:
+def sum_and_store_assembly(count: int, pack: int) -> tuple[str, str]:
     """PTX, and its register constraints, that sums ``count`` vectors over the lanes of a warp, with ``pack`` elements
     in each, and stores the sums as float32 at the address in the last operand.
 
     It stores by itself so that no value has to keep its place among the lanes: it holds for any layout that has no
-    replication. Plainly, a lane hands half of its vectors to its partner at each step and takes over the sums of the
-    other half: 31 shuffles for 32 sums, where one sum after another takes 160. With ``tensor_cores`` (16 vectors of two
-    elements) the elements of four lanes are first added by products with ones, in float32 but from inputs cut to 10
-    bits of mantissa: fine where the sums end as bfloat16.
+    replication. A lane hands half of its vectors to its partner at each step and takes over the sums of the other half:
+    31 shuffles for 32 sums, where one sum after another takes 160.
     """
     inputs = [f"${pack + i}" for i in range(count * pack)]
     address = f"${pack + count * pack}"
     log = count.bit_length() - 1
-    text = [f".reg .f32 v<{max(count, 8)}>, w;", ".reg .pred p;", ".reg .u32 lane, bit;", ".reg .u64 at;"]
+    text = [f".reg .f32 v<{count}>, w;", ".reg .pred p;", ".reg .u32 lane, bit;", ".reg .u64 at;"]
     text += ["mov.u32 lane, %laneid;"]
-    if tensor_cores:
-        if (count, pack) != (16, 2):
-            raise ValueError(f"16 vectors of two elements a lane, not {count} of {pack}")
-        text += [".reg .b32 a<4>, one<4>;", "shr.u32 bit, lane, 3;"]
-        for m in range(4):  # row lane / 4 of the left factor, by columns 2 m and 2 m + 1 of ones: to lanes 4 i + m
-            text += [f"setp.eq.u32 p, bit, {m};", f"selp.b32 one{m}, 0x3f800000, 0, p;"]
-        text += [f"mov.f32 v{i}, 0f00000000;" for i in range(8)]
-        for half in range(2):
-            total = ", ".join(f"v{4 * half + i}" for i in range(4))
-            for m in range(4):
-                upper, lower = 8 * half + m, 8 * half + 4 + m
-                elements = [inputs[2 * upper], inputs[2 * lower], inputs[2 * upper + 1], inputs[2 * lower + 1]]
-                text += [f"mov.b32 a{i}, {x};" for i, x in enumerate(elements)]
-                text += [
-                    f"mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {{{total}}}, {{a0, a1, a2, a3}}, "
-                    f"{{one{m}, one{m}}}, {{{total}}};"
-                ]
-        # Every second result repeats the one before it.
-        text += ["mov.f32 v1, v2;", "mov.f32 v2, v4;", "mov.f32 v3, v6;"]
-        left, levels = 4, (16, 8, 4)
-    else:
-        for i in range(count):
-            first, *rest = inputs[i * pack : (i + 1) * pack]
-            text.append(f"mov.f32 v{i}, {first};")
-            text += [f"add.f32 v{i}, v{i}, {x};" for x in rest]
-        left, levels = count, (16, 8, 4, 2, 1)
-    for offset in levels:
+    for i in range(count):
+        first, *rest = inputs[i * pack : (i + 1) * pack]
+        text.append(f"mov.f32 v{i}, {first};")
+        text += [f"add.f32 v{i}, v{i}, {x};" for x in rest]
+    left = count
+    for offset in (16, 8, 4, 2, 1):
         if left > 1:
             left //= 2
             text += [f"and.b32 bit, lane, {offset};", "setp.ne.u32 p, bit, 0;"]
@@ -259,11 +236,7 @@ def sum_and_store_assembly(count: int, pack: int, tensor_cores: bool) -> tuple[s
         else:
             text += [f"shfl.sync.bfly.b32 w, v0, {offset}, 31, -1;", "add.f32 v0, v0, w;"]
     # The number of the vector whose sum this lane holds, and whether it is the one to store it.
-    if tensor_cores:
-        text += ["and.b32 bit, lane, 4;", "setp.eq.u32 p, bit, 0;"]
-        text += ["shr.u32 bit, lane, 3;", "shl.b32 bit, bit, 2;", "and.b32 lane, lane, 3;", "add.u32 bit, bit, lane;"]
-    else:
-        text += [f"and.b32 bit, lane, {(32 >> log) - 1};", "setp.eq.u32 p, bit, 0;", f"shr.u32 bit, lane, {5 - log};"]
+    text += [f"and.b32 bit, lane, {(32 >> log) - 1};", "setp.eq.u32 p, bit, 0;", f"shr.u32 bit, lane, {5 - log};"]
     text += ["mul.wide.u32 at, bit, 4;", f"add.s64 at, at, {address};", "@p st.global.f32 [at], v0;"]
     text += [f"mov.u32 ${i}, 0;" for i in range(pack)]
     constraints = ["=r"] * pack + ["f"] * len(inputs) + ["l"] * pack

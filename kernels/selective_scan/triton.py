@@ -36,8 +36,6 @@ _GRADIENT_REGISTERS: int | None = None
 _SUMMARY_UNROLL, _SCAN_UNROLL, _HISTORY_UNROLL = 2, 2, 1
 # The cache into which a tile's memory is brought while the tile before it is computed: 1 or 2, or 0 for none.
 _PREFETCH = 0 if _INTERPRET else 2
-# Whether dB and dC of bfloat16 inputs are summed over channels on the tensor cores.
-_TENSOR_CORE_SUMS = False
 
 # From what a part of a sequence yields by itself, (b, d, n), and its total step size, (b, d), infinite where a reset
 # cuts the past off, to what enters it, (b, d, n) float32.
@@ -198,7 +196,7 @@ def backward(
                 *inputs, D, delta_bias, history, adjoint, seq_idx, du, ddelta, dpacked, dA, dD, dbias, *all_strides,
                 l, d, d // g, g, n, first, count, int(first + count < chunks), mask,
                 SOFTPLUS=delta_softplus, WHOLE=whole, CHUNK=CHUNK,
-                TILE=tile, BLOCK=block, UNROLL=1, PREFETCH=_PREFETCH, **_warp_sums(tile, block, B.dtype, C.dtype),
+                TILE=tile, BLOCK=block, UNROLL=1, PREFETCH=_PREFETCH, **_warp_sums(tile, block),
                 num_warps=1, maxnreg=_GRADIENT_REGISTERS if seq_idx is None else None,
             )  # fmt: skip
             block_t, block_n = _pack_block(count * CHUNK, n)
@@ -281,15 +279,12 @@ def _pack(
     return packed.view(torch.int64), tiles
 
 
-def _warp_sums(tile: int, block: int, *dtypes: torch.dtype) -> dict[str, str | int | None]:
+def _warp_sums(tile: int, block: int) -> dict[str, str | int | None]:
     """The assembly with which ``gradient_kernel`` sums over channels; none in the interpreter, which has no warps."""
     pack = block // 32
     if _INTERPRET:
         return {"PACK": pack, "SUM": None, "SUM_REGISTERS": None}
-    tensor_cores = (
-        _TENSOR_CORE_SUMS and (2 * tile, pack) == (16, 2) and all(dtype == torch.bfloat16 for dtype in dtypes)
-    )
-    text, registers = sum_and_store_assembly(2 * tile, pack, tensor_cores)
+    text, registers = sum_and_store_assembly(2 * tile, pack)
     return {"PACK": pack, "SUM": text, "SUM_REGISTERS": registers}
 
 

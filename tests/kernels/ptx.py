@@ -1,6 +1,6 @@
 """One warp in Python that runs the few PTX instructions of ``sum_and_store_assembly``, for tests without a GPU.
 
-Semantics: NVIDIA, Parallel Thread Execution ISA 8.x; the fragments of ``mma.m16n8k8`` from its section on tf32.
+Semantics: NVIDIA, Parallel Thread Execution ISA 8.x.
 """
 
 import re
@@ -27,10 +27,6 @@ class Warp:
     def _value(self, name: str) -> Tensor:
         if name in self.registers:
             return self.registers[name]
-        if name.startswith("0f"):
-            return torch.tensor(int(name[2:], 16), dtype=torch.int32).view(torch.float32).expand(32)
-        if name == "0x3f800000":
-            return torch.ones(32)
         return torch.full((32,), int(name))
 
     def _step(self, line: str) -> None:
@@ -40,9 +36,6 @@ class Warp:
             predicate = self.registers[guard[1:]]
         name, rest = line.split(maxsplit=1)
         operation = name.split(".")[0]
-        if operation == "mma":
-            self._multiply(*(re.split(r", *", group) for group in re.findall(r"\{([^}]*)\}", rest)))
-            return
         target, *arguments = re.split(r", *", rest)
         if operation == "st":
             for lane in LANES[predicate].tolist():
@@ -62,8 +55,6 @@ class Warp:
                 result = values[0] & values[1]
             case "shr":
                 result = values[0] >> values[1]
-            case "shl":
-                result = values[0] << values[1]
             case "setp":
                 result = values[0] == values[1] if ".eq" in name else values[0] != values[1]
             case "selp":
@@ -74,21 +65,3 @@ class Warp:
             case _:
                 raise NotImplementedError(line)
         self.registers[target] = result
-
-    def _multiply(self, to: list[str], left: list[str], right: list[str], add: list[str]) -> None:
-        """D (16, 8) = A (16, 8) B (8, 8) + C; A and B lose the mantissa bits that tf32 has not."""
-
-        def tf32(name: str) -> Tensor:
-            return (self._value(name).float().contiguous().view(torch.int32) & -8192).view(torch.float32)
-
-        row, column = LANES // 4, LANES % 4
-        a, b, c = torch.zeros(16, 8), torch.zeros(8, 8), torch.zeros(16, 8)
-        for i, name in enumerate(left):
-            a[row + 8 * (i % 2), column + 4 * (i // 2)] = tf32(name)
-        for i, name in enumerate(right):
-            b[column + 4 * i, row] = tf32(name)
-        for i, name in enumerate(add):
-            c[row + 8 * (i // 2), 2 * column + i % 2] = self._value(name)
-        d = a @ b + c
-        for i, name in enumerate(to):
-            self.registers[name] = d[row + 8 * (i // 2), 2 * column + i % 2]
