@@ -21,17 +21,20 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def locate(per_group, groups, segments, BLOCK: tl.constexpr):
+def locate(per_group, groups, segments, BLOCK: tl.constexpr, WIDE: tl.constexpr):
     """Batch row, segment, group, block in the group, channels (BLOCK,) and their mask of this program.
 
     Blocks of channels are next to each other in the launch: they share B and C. ``per_group`` channels in a group come
-    from the launcher, which lets the compiler know their alignment.
+    from the launcher, which lets the compiler know their alignment. With WIDE (see ``wide_offsets``) the group has
+    64 bits, and with it all that is made from it: the channels, and the direction, which the stride over time takes up.
     """
     blocks = tl.cdiv(per_group, BLOCK)
     pid = tl.program_id(0)
     block = pid % (blocks * groups)
     row = pid // (blocks * groups)
     group = block // blocks
+    if WIDE:
+        group = group.to(tl.int64)
     offsets = (block % blocks) * BLOCK + tl.arange(0, BLOCK)
     return (
         (row // segments).to(tl.int64),
@@ -262,6 +265,12 @@ def reverse_mask(reverse: Sequence[bool]) -> int:
     if any(reverse) and len(reverse) > 63:
         raise ValueError(f"backend 'triton' takes at most 63 groups in mixed directions, got {len(reverse)}")
     return sum(1 << i for i, r in enumerate(reverse) if r)
+
+
+def wide_offsets(tile: int, *tensors: Tensor | None) -> bool:
+    """Whether the last channel of a token, or the token ``tile`` tokens on, is 2^31 elements or more away in one of the
+    tensors (b, l, d): so it is in a channel-major view of a long sequence. Offsets of 32 bits would wrap round."""
+    return any(max((x.shape[2] - 1) * x.stride(2), tile * x.stride(1)) >= 2**31 for x in tensors if x is not None)
 
 
 def strides(x: Tensor | None, dims: int) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ import triton
 from torch import Tensor
 
 from seqssm.kernels.causal_conv1d.triton_kernels import backward_kernel, forward_kernel, step_kernel
-from seqssm.kernels.triton_tiles import reverse_mask, strides, use_device
+from seqssm.kernels.triton_tiles import reverse_mask, strides, use_device, wide_offsets
 
 _INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 # Tokens in flight; channels of a program, its warps, and its tokens.
@@ -31,6 +31,7 @@ def forward(
     parts = len(reverse)
     block, warps, segment = _FORWARD
     segments = triton.cdiv(l, segment)
+    wide = wide_offsets(max(_TILE, k), x)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     final_state = x.new_empty(b, d, k - 1)
     initial_state = None if initial_state is None else initial_state.contiguous()
@@ -38,7 +39,7 @@ def forward(
         forward_kernel[(b * segments * parts * triton.cdiv(d // parts, block),)](
             x, weight.contiguous(), bias, initial_state, seq_idx, y, final_state, *x.stride(), *strides(seq_idx, 2),
             l, d, d // parts, parts, segments, reverse_mask(reverse),
-            WIDTH=k, SILU=activation, SEGMENT=segment, TILE=_TILE, BLOCK=block, num_warps=warps,
+            WIDTH=k, SILU=activation, WIDE=wide, SEGMENT=segment, TILE=_TILE, BLOCK=block, num_warps=warps,
         )  # fmt: skip
     return y, final_state
 
@@ -64,6 +65,7 @@ def backward(
     segments = triton.cdiv(l, segment)
     if dx is None:
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    wide = wide_offsets(max(_TILE, k), x, dy, dx)
     dinitial_state = None
     if initial_state is not None:
         initial_state = initial_state.contiguous()
@@ -74,7 +76,7 @@ def backward(
             dy, dfinal_state.contiguous(), x, weight.contiguous(), bias, initial_state, seq_idx, dx, dtaps,
             dinitial_state, *dy.stride(), *x.stride(), *dx.stride(), *strides(seq_idx, 2),
             l, d, d // parts, parts, segments, reverse_mask(reverse),
-            WIDTH=k, SILU=activation, SEGMENT=segment, TILE=_TILE, BLOCK=block, num_warps=warps,
+            WIDTH=k, SILU=activation, WIDE=wide, SEGMENT=segment, TILE=_TILE, BLOCK=block, num_warps=warps,
         )  # fmt: skip
     totals = dtaps.sum((0, 1))
     return dx, totals[:k].t(), None if bias is None else totals[k], dinitial_state

@@ -62,10 +62,11 @@ def _load_taps(weight, c, mask, WIDTH: tl.constexpr):
 def forward_kernel(
     x, weight, bias, initial_state, seq_idx, y, final_state,
     x_b, x_t, x_c, seq_b, seq_t, length, channels, per_group, groups, segments, mask_of_reverse,
-    WIDTH: tl.constexpr, SILU: tl.constexpr, SEGMENT: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr, SILU: tl.constexpr, WIDE: tl.constexpr, SEGMENT: tl.constexpr, TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """SEGMENT tokens of BLOCK channels: y (b, l, d) and, at the end, the final state (b, d, WIDTH - 1)."""
-    batch, segment, group, _, c, mask = locate(per_group, groups, segments, BLOCK)
+    batch, segment, group, _, c, mask = locate(per_group, groups, segments, BLOCK, WIDE)
     direction = 1 - 2 * ((mask_of_reverse >> group) & 1)
     begin = segment * SEGMENT
     tokens = tl.minimum(length - begin, SEGMENT)
@@ -116,7 +117,8 @@ def backward_kernel(
     dy, dfinal_state, x, weight, bias, initial_state, seq_idx, dx, dtaps, dinitial_state,
     dy_b, dy_t, dy_c, x_b, x_t, x_c, dx_b, dx_t, dx_c, seq_b, seq_t,
     length, channels, per_group, groups, segments, mask_of_reverse,
-    WIDTH: tl.constexpr, SILU: tl.constexpr, SEGMENT: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr, SILU: tl.constexpr, WIDE: tl.constexpr, SEGMENT: tl.constexpr, TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Gradients of SEGMENT tokens of BLOCK channels.
 
@@ -124,7 +126,7 @@ def backward_kernel(
     the token leaves the window. ``dtaps`` (b, segments, WIDTH + 1, d) takes this program's share of the gradients of
     weight and bias.
     """
-    batch, segment, group, _, c, mask = locate(per_group, groups, segments, BLOCK)
+    batch, segment, group, _, c, mask = locate(per_group, groups, segments, BLOCK, WIDE)
     direction = 1 - 2 * ((mask_of_reverse >> group) & 1)
     begin = segment * SEGMENT
     tokens = tl.minimum(length - begin, SEGMENT)
@@ -223,7 +225,8 @@ def step_kernel(
     """One token: shifts the state (b, d, WIDTH - 1) in place, y (b, d)."""
     blocks = tl.cdiv(channels, BLOCK)
     batch = (tl.program_id(0) // blocks).to(tl.int64)
-    c = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    # In 64 bits: a token of a channel-major view of a long sequence has far strides.
+    c = ((tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
     mask = c < channels
     token = tl.load(x + batch * x_b + c * x_c, mask=mask, other=0.0).to(tl.float32)
     out = token * tl.load(weight + c * WIDTH + (WIDTH - 1), mask=mask, other=0.0).to(tl.float32)

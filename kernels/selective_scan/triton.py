@@ -11,7 +11,7 @@ from torch import Tensor
 from seqssm.kernels.selective_scan.op import CHUNK
 from seqssm.kernels.selective_scan.triton_backward import gradient_kernel, history_kernel, unpack_kernel
 from seqssm.kernels.selective_scan.triton_forward import pack_kernel, pass_states_kernel, scan_kernel, step_kernel
-from seqssm.kernels.triton_tiles import reverse_mask, strides, sum_and_store_assembly, use_device
+from seqssm.kernels.triton_tiles import reverse_mask, strides, sum_and_store_assembly, use_device, wide_offsets
 
 _LOG2E = 1.4426950408889634
 _INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
@@ -81,6 +81,7 @@ def forward(
     carry = _float32(b, ends, n, d, like=u, spare=d)
     initial_state = _contiguous32(initial_state)
     whole = l % _TILE == 0 and d // g % block == 0
+    wide = wide_offsets(_TILE, u, delta, z)
     with use_device(u):
         packed, tiles = _pack(B, C, 0, l, l, mask, _TILE)
         total_steps = _float32(b, ends, d, like=u)
@@ -92,7 +93,7 @@ def forward(
                 states if save_states and segments == 1 else None, seq_idx,
                 *u.stride(), *delta.stride(), *strides(z, 3), *strides(seq_idx, 2),
                 l, d, d // g, g, n, segment, segments, tiles, mask,
-                SOFTPLUS=delta_softplus, SUMMARY=summary, CARRIED=segments > 1, WHOLE=whole,
+                SOFTPLUS=delta_softplus, SUMMARY=summary, CARRIED=segments > 1, WHOLE=whole, WIDE=wide,
                 TILE=_TILE, BLOCK=block, UNROLL=unroll if n % unroll == 0 else 1, PREFETCH=_PREFETCH,
                 num_warps=1, maxnreg=_SUMMARY_REGISTERS if summary else _SCAN_REGISTERS,
             )  # fmt: skip
@@ -144,6 +145,7 @@ def backward(
     mask = reverse_mask(reverse)
     tile, block = _TILE, _fit_block(d // g)
     whole = l % tile == 0 and d // g % block == 0
+    wide = wide_offsets(tile, u, delta, z, dy, dz)
     chunks = triton.cdiv(l, CHUNK)
     room = _HISTORY_BYTES if join is None else _PART_HISTORY_BYTES
     slab = max(1, min(chunks, room // (4 * b * (CHUNK // tile) * n * d)))
@@ -169,7 +171,7 @@ def backward(
             u, delta, z, dy, packed, A2, D, delta_bias, states, history, adjoint, total_steps, seq_idx, dz, y,
             *all_strides, *strides(dz, 3),
             l, d, d // g, g, n, first, chunks, count, mask,
-            SOFTPLUS=delta_softplus, WHOLE=whole, CHUNK=CHUNK,
+            SOFTPLUS=delta_softplus, WHOLE=whole, WIDE=wide, CHUNK=CHUNK,
             TILE=tile, BLOCK=block, UNROLL=_HISTORY_UNROLL if n % _HISTORY_UNROLL == 0 else 1,
             PREFETCH=_PREFETCH,
             num_warps=1, maxnreg=_HISTORY_REGISTERS if seq_idx is None else None,
@@ -195,7 +197,7 @@ def backward(
             gradient_kernel[grid](
                 *inputs, D, delta_bias, history, adjoint, seq_idx, du, ddelta, dpacked, dA, dD, dbias, *all_strides,
                 l, d, d // g, g, n, first, count, int(first + count < chunks), mask,
-                SOFTPLUS=delta_softplus, WHOLE=whole, CHUNK=CHUNK,
+                SOFTPLUS=delta_softplus, WHOLE=whole, WIDE=wide, CHUNK=CHUNK,
                 TILE=tile, BLOCK=block, UNROLL=1, PREFETCH=_PREFETCH, **_warp_sums(tile, block),
                 num_warps=1, maxnreg=_GRADIENT_REGISTERS if seq_idx is None else None,
             )  # fmt: skip

@@ -40,14 +40,14 @@ def history_kernel(
     u_b, u_t, u_c, delta_b, delta_t, delta_c, z_b, z_t, z_c, dy_b, dy_t, dy_c, seq_b, seq_t,
     dz_b, dz_t, dz_c,
     length, channels, per_group, groups, states, first_chunk, chunks, slab_chunks, reverse_mask,
-    SOFTPLUS: tl.constexpr, WHOLE: tl.constexpr, CHUNK: tl.constexpr,
+    SOFTPLUS: tl.constexpr, WHOLE: tl.constexpr, WIDE: tl.constexpr, CHUNK: tl.constexpr,
     TILE: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr, PREFETCH: tl.constexpr,
 ):  # fmt: skip
     """One chunk of CHUNK tokens, forwards: dz and, if asked for, the forward pass's y (b, l, d), the state entering a
     tile into ``history`` (b, slab_tiles, n, d), the gradient that the chunk gives to the state entering it into
     ``adjoint`` (b, slab_chunks, n, d), and the sum of its step sizes into ``total_steps`` (b, slab_chunks, d), infinite
     when a reset cuts the past off."""
-    batch, chunk, group, block, c, mask = locate(per_group, groups, slab_chunks, BLOCK)
+    batch, chunk, group, block, c, mask = locate(per_group, groups, slab_chunks, BLOCK, WIDE)
     if WHOLE:
         mask = None
     direction = 1 - 2 * ((reverse_mask >> group) & 1)
@@ -189,7 +189,7 @@ def gradient_kernel(
     du, ddelta, dpacked, dA, dD, dbias,
     u_b, u_t, u_c, delta_b, delta_t, delta_c, z_b, z_t, z_c, dy_b, dy_t, dy_c, seq_b, seq_t,
     length, channels, per_group, groups, states, first_chunk, slab_chunks, accumulate, reverse_mask,
-    SOFTPLUS: tl.constexpr, WHOLE: tl.constexpr, CHUNK: tl.constexpr,
+    SOFTPLUS: tl.constexpr, WHOLE: tl.constexpr, WIDE: tl.constexpr, CHUNK: tl.constexpr,
     TILE: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr, PREFETCH: tl.constexpr,
     PACK: tl.constexpr, SUM: tl.constexpr, SUM_REGISTERS: tl.constexpr,
 ):  # fmt: skip
@@ -199,7 +199,7 @@ def gradient_kernel(
     channels; dA (b, slab_chunks, n, d), dD and dbias (b, slab_chunks, d) are this program's shares, on top of what they
     hold with ``accumulate``.
     """
-    batch, chunk, group, block, c, mask = locate(per_group, groups, slab_chunks, BLOCK)
+    batch, chunk, group, block, c, mask = locate(per_group, groups, slab_chunks, BLOCK, WIDE)
     if WHOLE:
         mask = None
     direction = 1 - 2 * ((reverse_mask >> group) & 1)
@@ -230,7 +230,7 @@ def gradient_kernel(
     delta_row, delta_step = rows(delta, batch, begin + t, length, direction, delta_b, delta_t)
     dy_row, dy_step = rows(dy, batch, begin + t, length, direction, dy_b, dy_t)
     du_row, out_step = rows(du, batch, begin + t, length, direction, dense, channels)
-    ddelta_row, _ = rows(ddelta, batch, begin + t, length, direction, dense, channels)
+    ddelta_row, out_step = rows(ddelta, batch, begin + t, length, direction, dense, channels)
     raw_inputs = load_rows(u_row, u_step, c * u_c, mask, count, TILE, WHOLE)
     raw_steps = load_rows(delta_row, delta_step, c * delta_c, mask, count, TILE, WHOLE)
     raw_grads = load_rows(dy_row, dy_step, c * dy_c, mask, count, TILE, WHOLE)

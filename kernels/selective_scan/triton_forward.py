@@ -39,7 +39,7 @@ def pack_kernel(
     """B and C (b, l, g, n) from scan time ``start`` to float32 packed (b, g, tiles, n, 2, TILE), zeros past the end."""
     blocks = tl.cdiv(tiles * TILE, BLOCK_T)
     pid = tl.program_id(0)
-    group = (pid // blocks) % groups
+    group = ((pid // blocks) % groups).to(tl.int64)  # B and C may be state-major views of a long sequence
     batch = (pid // (blocks * groups)).to(tl.int64)
     t = (pid % blocks) * BLOCK_T + tl.arange(0, BLOCK_T)
     time = start + t
@@ -47,7 +47,7 @@ def pack_kernel(
     tile = ((batch * groups + group) * tiles + t // TILE).to(tl.int64)
     out = packed + tile * (states * 2 * TILE) + t % TILE
     for n0 in range(0, states, BLOCK_N):
-        n = n0 + tl.arange(0, BLOCK_N)
+        n = (n0 + tl.arange(0, BLOCK_N)).to(tl.int64)
         inside = (time < length)[:, None] & (n < states)[None, :]
         written = (t < tiles * TILE)[:, None] & (n < states)[None, :]
         at = out[:, None] + n[None, :] * (2 * TILE)
@@ -62,7 +62,7 @@ def scan_kernel(
     u, delta, z, y, packed, A2, D, bias, carry, total_steps, initial_state, final_state, saved, seq_idx,
     u_b, u_t, u_c, delta_b, delta_t, delta_c, z_b, z_t, z_c, seq_b, seq_t,
     length, channels, per_group, groups, states, segment_length, segments, tiles, reverse_mask,
-    SOFTPLUS: tl.constexpr, SUMMARY: tl.constexpr, CARRIED: tl.constexpr, WHOLE: tl.constexpr,
+    SOFTPLUS: tl.constexpr, SUMMARY: tl.constexpr, CARRIED: tl.constexpr, WHOLE: tl.constexpr, WIDE: tl.constexpr,
     TILE: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr, PREFETCH: tl.constexpr,
 ):  # fmt: skip
     """Scan one segment of ``segment_length`` tokens.
@@ -74,9 +74,9 @@ def scan_kernel(
     TILE and the channels of a group one of BLOCK.
     """
     if SUMMARY:  # nothing needs the summary of the last segment
-        batch, segment, group, block, c, mask = locate(per_group, groups, segments - 1, BLOCK)
+        batch, segment, group, block, c, mask = locate(per_group, groups, segments - 1, BLOCK, WIDE)
     else:
-        batch, segment, group, block, c, mask = locate(per_group, groups, segments, BLOCK)
+        batch, segment, group, block, c, mask = locate(per_group, groups, segments, BLOCK, WIDE)
     if WHOLE:
         mask = None
     direction = 1 - 2 * ((reverse_mask >> group) & 1)
@@ -272,7 +272,9 @@ def step_kernel(
     batch = (tl.program_id(0) // blocks).to(tl.int64)
     c = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
     inside = c < channels
-    group = c // (channels // groups)
+    # In 64 bits, as n below: a token of a channel-major view of a long sequence has far strides.
+    group = (c // (channels // groups)).to(tl.int64)
+    c = c.to(tl.int64)
     x = tl.load(u + batch * u_b + c * u_c, mask=inside, other=0.0).to(tl.float32)
     step = tl.load(delta + batch * delta_b + c * delta_c, mask=inside, other=0.0).to(tl.float32)
     if bias is not None:
@@ -283,7 +285,7 @@ def step_kernel(
     if D is not None:
         out += x * tl.load(D + c, mask=inside, other=0.0).to(tl.float32)
     for n0 in range(0, states, BLOCK_N):
-        n = n0 + tl.arange(0, BLOCK_N)
+        n = (n0 + tl.arange(0, BLOCK_N)).to(tl.int64)
         mask = inside[:, None] & (n < states)[None, :]
         a = tl.load(A + c[:, None] * A_d + n[None, :] * A_n, mask=mask, other=0.0).to(tl.float32)
         at_b = B + batch * B_b + group[:, None] * B_g + n[None, :] * B_n

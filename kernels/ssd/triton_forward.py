@@ -147,7 +147,8 @@ def prepare_kernel(
     mask = (t < length)[:, None] & (h < heads)[None, :]
     backwards = ((reverse_mask >> (h // per_group)) & 1) != 0
     token = tl.where(backwards[None, :], length - 1 - t[:, None], t[:, None]).to(tl.int64)
-    step = tl.load(dt + batch * dt_b + token * dt_t + h[None, :] * dt_h, mask=mask, other=0.0).to(tl.float32)
+    far = h.to(tl.int64) * dt_h  # dt may be a head-major view of a long sequence
+    step = tl.load(dt + batch * dt_b + token * dt_t + far[None, :], mask=mask, other=0.0).to(tl.float32)
     if bias is not None:
         step += tl.load(bias + h * bias_h, mask=h < heads, other=0.0).to(tl.float32)[None, :]
     if SOFTPLUS:
@@ -350,7 +351,8 @@ def step_kernel(
     """One token: the state (b, h, p, n) in place, y (b, h, p)."""
     blocks = tl.cdiv(p, BLOCK_P)
     pid = tl.program_id(0)
-    j = pid % blocks * BLOCK_P + tl.arange(0, BLOCK_P)
+    # In 64 bits, as k and head: a token of a channel-major view of a long sequence has far strides.
+    j = (pid % blocks * BLOCK_P + tl.arange(0, BLOCK_P)).to(tl.int64)
     head = ((pid // blocks) % heads).to(tl.int64)
     batch = (pid // (blocks * heads)).to(tl.int64)
     group = head // per_group
@@ -362,7 +364,7 @@ def step_kernel(
         step = softplus(step)
     decay = tl.exp2(step * (tl.load(A + head * A_h).to(tl.float32) * LOG2E))
     value = tl.load(x + batch * x_b + head * x_h + j * x_p, mask=inside, other=0.0).to(tl.float32)
-    k = tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_N).to(tl.int64)
     real = k < n
     key = tl.load(B + batch * B_b + group * B_g + k * B_n, mask=real, other=0.0).to(tl.float32)
     query = tl.load(C + batch * C_b + group * C_g + k * C_n, mask=real, other=0.0).to(tl.float32)

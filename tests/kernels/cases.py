@@ -211,6 +211,26 @@ def strided_view(x: Tensor) -> Tensor:
     return view.copy_(x)
 
 
+def far_view(x: Tensor) -> Tensor:
+    """The same numbers with the last dimension outermost, as far apart as in a channel-major view of a long sequence:
+    the last of it begins 2^31 elements after the first. The memory between is not touched, so it is never there."""
+    last = x.shape[-1] - 1
+    inner, apart = x[..., 0].contiguous(), -(-(2**31) // last)
+    memory = torch.empty(last * apart + inner.numel(), dtype=x.dtype)
+    return memory.as_strided(x.shape, (*inner.stride(), apart)).copy_(x)
+
+
+def assert_same_from_afar(case: Case, timed: Sequence[str], operator: Callable[..., tuple[Tensor, Tensor]]) -> None:
+    """Fail unless the results, float16, are the same bits when ``timed`` inputs and the output's gradient are far."""
+    results = []
+    for view in (torch.clone, far_view):
+        inputs = {k: (view(x) if k in timed else x).requires_grad_() for k, x in inputs_in(case, torch.float16).items()}
+        y, final_state = operator(**inputs)
+        seeds = [view(fixed_randn(y)), fixed_randn(final_state)]
+        results.append([y, final_state, *torch.autograd.grad([y, final_state], list(inputs.values()), seeds)])
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
+
+
 def run(case: Case, inputs: Results, **options: object) -> Results:
     """Outputs of the case's operator and the gradients of its inputs, for fixed random gradients of both outputs."""
     operator = {ScanCase: selective_scan, ConvCase: causal_conv1d, SSDCase: ssd}[type(case)]

@@ -1,5 +1,6 @@
 """The Triton convolution: in Triton's interpreter on the CPU at tiny sizes, and on a GPU (``pytest -m gpu``)."""
 
+import functools
 import importlib
 import os
 import subprocess
@@ -7,7 +8,16 @@ import sys
 
 import pytest
 import torch
-from cases import CONV_CASES, ConvCase, assert_accurate, inputs_in, outputs_and_gradients, run
+from cases import (
+    CONV_CASES,
+    ConvCase,
+    assert_accurate,
+    assert_same_from_afar,
+    far_view,
+    inputs_in,
+    outputs_and_gradients,
+    run,
+)
 from torch import Tensor
 
 from seqssm.kernels import causal_conv1d, causal_conv1d_step
@@ -44,6 +54,23 @@ def test_accuracy_float32(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, plan, (16, 1, 16))
     case = TINY[name]
     assert_accurate(case, run(case, inputs_in(case, torch.float32), backend="triton"), torch.float32)
+
+
+@interpreted
+@pytest.mark.parametrize("reverse", [False, True])
+def test_strides_beyond_32_bits(reverse: bool) -> None:
+    convolve = functools.partial(causal_conv1d, reverse=reverse, backend="triton")
+    assert_same_from_afar(ConvCase(l=9, d=3, reverse=reverse), ("x",), convolve)
+
+
+@interpreted
+def test_step_with_strides_beyond_32_bits() -> None:
+    inputs = inputs_in(ConvCase(l=1, b=2, d=3), torch.float16)
+    state, x = inputs.pop("initial_state"), inputs.pop("x")[:, 0]
+    states = state.clone(), state.clone()
+    step = functools.partial(causal_conv1d_step, **inputs, backend="triton")
+    torch.testing.assert_close(step(states[0], far_view(x)), step(states[1], x), rtol=0, atol=0)
+    torch.testing.assert_close(*states, rtol=0, atol=0)
 
 
 @interpreted

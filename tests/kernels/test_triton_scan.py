@@ -1,5 +1,6 @@
 """The Triton selective scan: in Triton's interpreter on the CPU at tiny sizes, and on a GPU (``pytest -m gpu``)."""
 
+import functools
 import importlib
 import os
 import subprocess
@@ -7,7 +8,16 @@ import sys
 
 import pytest
 import torch
-from cases import SCAN_CASES, ScanCase, assert_accurate, inputs_in, outputs_and_gradients, run
+from cases import (
+    SCAN_CASES,
+    ScanCase,
+    assert_accurate,
+    assert_same_from_afar,
+    far_view,
+    inputs_in,
+    outputs_and_gradients,
+    run,
+)
 from ptx import Warp
 from torch import Tensor
 
@@ -77,6 +87,28 @@ def test_accuracy_float16() -> None:  # the interpreter truncates to bfloat16
     assert_accurate(case, result, torch.float16)
     assert result["y"].dtype == torch.float16
     assert result["final_state"].dtype == torch.float32
+
+
+@interpreted
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize("reverse", [False, True])
+def test_strides_beyond_32_bits(reverse: bool) -> None:
+    case = ScanCase(l=9, d=3, n=2, reverse=reverse)
+    scan = functools.partial(selective_scan, delta_softplus=True, reverse=reverse, backend="triton")
+    assert_same_from_afar(case, ("u", "delta", "B", "C", "z"), scan)
+
+
+@interpreted
+def test_step_with_strides_beyond_32_bits() -> None:
+    token = {k: x[:, 0] if x.dim() > 2 and k != "initial_state" else x
+             for k, x in inputs_in(ScanCase(l=1, b=2, d=3, n=2), torch.float16).items()}  # fmt: skip
+    state = token.pop("initial_state")
+    far = {k: far_view(x) if k in ("u", "delta", "B", "C", "z") else x for k, x in token.items()}
+    states = state.clone(), state.clone()
+    step = functools.partial(selective_scan_step, delta_softplus=True, backend="triton")
+    torch.testing.assert_close(step(states[0], **far), step(states[1], **token), rtol=0, atol=0)
+    torch.testing.assert_close(*states, rtol=0, atol=0)
+    assert not torch.equal(states[0], state)
 
 
 @interpreted

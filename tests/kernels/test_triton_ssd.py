@@ -14,7 +14,9 @@ from cases import (
     Results,
     SSDCase,
     assert_accurate,
+    assert_same_from_afar,
     distances,
+    far_view,
     inputs_in,
     outputs_and_gradients,
     run,
@@ -94,6 +96,26 @@ def assert_accurate_in_16_bits(case: SSDCase, actual: Results, dtype: torch.dtyp
         error, bound = distances(x, exact[name]), distances(plain[name], exact[name])
         for e, own, noise in zip(error, bound, rounding_noise(case, dtype)[name], strict=True):
             assert e <= 2 * own + 2 * noise, f"{name}: error {e:.2e}, one rounding {noise:.2e}, reference {own:.2e}"
+
+
+@interpreted
+@pytest.mark.usefixtures("tiny")
+def test_strides_beyond_32_bits() -> None:
+    case = SSDCase(l=9, h=3, p=2, n=2, reverse=True)
+    scan = functools.partial(ssd, dt_softplus=True, reverse=True, backend="triton")
+    assert_same_from_afar(case, TIMED, scan)
+
+
+@interpreted
+def test_step_with_strides_beyond_32_bits() -> None:
+    token = {k: x[:, 0] if k in TIMED else x
+             for k, x in inputs_in(SSDCase(l=1, b=2, h=2, p=3, n=2), torch.float16).items()}  # fmt: skip
+    state = token.pop("initial_state")
+    far = {k: far_view(x) if k in TIMED else x for k, x in token.items()}
+    states = state.clone(), state.clone()
+    step = functools.partial(ssd_step, dt_softplus=True, backend="triton")
+    torch.testing.assert_close(step(states[0], **far), step(states[1], **token), rtol=0, atol=0)
+    torch.testing.assert_close(*states, rtol=0, atol=0)
 
 
 @interpreted
