@@ -51,8 +51,7 @@ def test_the_command_serves_over_tls(
 
 
 COMMANDS = {
-    "nothing": ([], "--checkpoint is missing"),
-    "another task": (["--checkpoint", "{folder}/tagging.ckpt"], "needs a StreamingASR checkpoint"),
+    "another task": (["--checkpoint", "{folder}/tagging.ckpt"], "this command needs a speech recogniser"),
     "sessions": (["--checkpoint", "{folder}/asr.ckpt", "--sessions", "0"], "sessions is 0"),
     "speed": (["--checkpoint", "{folder}/asr.ckpt", "--speed", "0.5"], "live sound comes at 1"),
     "port": (["--checkpoint", "{folder}/asr.ckpt", "--port", "{port}"], "Address already in use"),
