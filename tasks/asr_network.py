@@ -55,17 +55,7 @@ class ASRNetwork(Network):
     is drawn for each training batch from ``lookahead_ms``, so that one checkpoint runs with any of these, which
     :class:`~seqssm.tasks.asr_stream.Transcriber` chooses a session.
 
-    Args:
-        tokenizer: the tokens, as a tokenizer's ``to_dict`` gives them; from the data.
-        text: the written form of transcripts; from the data.
-        features: how samples become features, with the training data's statistics; from the data, too.
-        backbone: all layers; causal.
-        lookahead_after: the layer that the lookahead follows, counted from 1; half of them by default.
-        lookahead_ms: lookaheads to choose from, multiples of 40 ms.
-        eval_lookahead_ms: the one for validation and tests; the longest by default.
-        stem_channels: of the subsampling's convolutions.
-        dropout: before the heads.
-        rnnt_weight: share of the transducer's loss beside CTC; 0 has no transducer.
+    Its arguments are those of :class:`seqssm.tasks.asr.StreamingASR` that a trained model needs, as described there.
     """
 
     kind: ClassVar[str] = "speech recogniser"

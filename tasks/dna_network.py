@@ -34,28 +34,7 @@ class LabelledWindow(NamedTuple):
 class DNANetwork(Network):
     """Score DNA sequences.
 
-    Args:
-        labels: class names in the order of the outputs; the command line takes them from the data.
-        backbone: the model; ``reverse_complement: true`` in it makes the answer the same for both strands, exactly.
-        kmer: embed each position not only as its base but also as the k-mer that ends there, read along the strand:
-            composition is then one linear layer away. 1 for bases alone.
-        motif: add to each position a convolution so many bases wide over the one-hot bases, a bank of motifs; 0 for
-            none.
-        patch: average the embeddings of so many neighbouring bases into one position of the backbone: long windows at
-            a fraction of the cost, where the order of single bases matters less than composition. 1 for none.
-        positions: learn a vector for each of so many places in a window, which then may not be longer. For windows that
-            are aligned, at a transcription start, say: what a motif means there depends on where it stands. 0 for none.
-        pooling: how positions become one vector: their mean, their maximum, both side by side (``mean_max``), or the
-            last real one (for causal models).
-        pool_bins: pool so many equal parts of a window each by itself, for aligned windows, too; 1 pools the whole.
-        standardize: scale what enters the backbone, and the pooled vector, by their statistics over the training
-            windows (batch normalisation). The composition of long windows, and of patches, differs little from one to
-            the next, and without it learning is slow.
-        head_dropout: dropout of the pooled vector.
-        average_strands: outside training, average the probabilities of the sequence and its reverse complement.
-        chunk_length: run longer windows in chunks of so many bases, with the gradients of one pass in the memory of one
-            chunk, for a causal backbone without attention (:mod:`seqssm.longcontext.chunked`); 0 for one pass.
-        chunk_offload: keep what crosses the borders between chunks in the memory of the host.
+    Its arguments are those of :class:`seqssm.tasks.dna.DNAClassification` that a trained model needs, as described there.
     """
 
     kind: ClassVar[str] = "DNA classifier"

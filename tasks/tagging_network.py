@@ -42,17 +42,7 @@ class TaggingNetwork(Network):
     head scores each of them; pooling over time gives the clip's scores. With a causal backbone everything is causal,
     and :class:`~seqssm.tasks.tagging_stream.StreamingTagger` runs it live.
 
-    Args:
-        labels: class names in the order of the outputs; the command line takes them from the data.
-        multi_label: whether a clip may have several labels, or none; from the data, too.
-        features: how samples become features, with the training data's statistics; from the data, too.
-        backbone: the model; ``bidirectional: none`` without attention or with causal attention can run live.
-        frame_group: frames a token, a product of strides: 2, 4 (40 ms) or 8.
-        stem_channels: of the stem's convolutions, each of which halves the bands.
-        pooling: how frame scores become clip scores: their mean, a learnt weighting, or the last one.
-        dropout: before the head.
-        thresholds: a class is present from this probability on; tuned on the validation clips after every epoch (best
-            F1) and kept with the weights.
+    Its arguments are those of :class:`seqssm.tasks.tagging.AudioTagging` that a trained model needs, as described there.
     """
 
     kind: ClassVar[str] = "audio tagger"
