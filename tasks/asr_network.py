@@ -55,7 +55,7 @@ class ASRNetwork(Network):
     is drawn for each training batch from ``lookahead_ms``, so that one checkpoint runs with any of these, which
     :class:`~seqssm.tasks.asr_stream.Transcriber` chooses a session.
 
-    Its arguments are those of :class:`seqssm.tasks.asr.StreamingASR` that a trained model needs, as described there.
+    Its arguments are those of :class:`seqssm.tasks.asr.StreamingASR` that a trained model needs.
     """
 
     kind: ClassVar[str] = "speech recogniser"

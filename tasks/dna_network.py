@@ -34,7 +34,7 @@ class LabelledWindow(NamedTuple):
 class DNANetwork(Network):
     """Score DNA sequences.
 
-    Its arguments are those of :class:`seqssm.tasks.dna.DNAClassification` that a trained model needs, as described there.
+    Its arguments are those of :class:`seqssm.tasks.dna.DNAClassification` that a trained model needs.
     """
 
     kind: ClassVar[str] = "DNA classifier"

@@ -42,7 +42,7 @@ class TaggingNetwork(Network):
     head scores each of them; pooling over time gives the clip's scores. With a causal backbone everything is causal,
     and :class:`~seqssm.tasks.tagging_stream.StreamingTagger` runs it live.
 
-    Its arguments are those of :class:`seqssm.tasks.tagging.AudioTagging` that a trained model needs, as described there.
+    Its arguments are those of :class:`seqssm.tasks.tagging.AudioTagging` that a trained model needs.
     """
 
     kind: ClassVar[str] = "audio tagger"
