@@ -7,6 +7,7 @@ import triton
 from torch import Tensor
 
 from seqssm.kernels.causal_conv1d.triton_kernels import backward_kernel, forward_kernel, step_kernel
+from seqssm.kernels.launching import launcher
 from seqssm.kernels.triton_tiles import reverse_mask, strides, use_device, wide_offsets
 
 _INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
@@ -36,7 +37,9 @@ def forward(
     final_state = x.new_empty(b, d, k - 1)
     initial_state = None if initial_state is None else initial_state.contiguous()
     with use_device(x):
-        forward_kernel[(b * segments * parts * triton.cdiv(d // parts, block),)](
+        launch = launcher("conv", "forward", activation, reverse, tensors=(x, weight, bias, initial_state, seq_idx))
+        launch(
+            forward_kernel, b * segments * parts * triton.cdiv(d // parts, block),
             x, weight.contiguous(), bias, initial_state, seq_idx, y, final_state, *x.stride(), *strides(seq_idx, 2),
             l, d, d // parts, parts, segments, reverse_mask(reverse),
             WIDTH=k, SILU=activation, WIDE=wide, SEGMENT=segment, TILE=_TILE, BLOCK=block, num_warps=warps,
@@ -72,7 +75,10 @@ def backward(
         dinitial_state = torch.empty_like(initial_state)
     dtaps = torch.empty(b, segments, k + 1, d, dtype=torch.float32, device=x.device)
     with use_device(x):
-        backward_kernel[(b * segments * parts * triton.cdiv(d // parts, block),)](
+        tensors = (dy, dx, x, weight, bias, initial_state, seq_idx)
+        launch = launcher("conv", "backward", activation, reverse, tensors=tensors)
+        launch(
+            backward_kernel, b * segments * parts * triton.cdiv(d // parts, block),
             dy, dfinal_state.contiguous(), x, weight.contiguous(), bias, initial_state, seq_idx, dx, dtaps,
             dinitial_state, *dy.stride(), *x.stride(), *dx.stride(), *strides(seq_idx, 2),
             l, d, d // parts, parts, segments, reverse_mask(reverse),
@@ -88,7 +94,8 @@ def step(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, activati
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     block = 128
     with use_device(x):
-        step_kernel[(b * triton.cdiv(d, block),)](
+        launcher("conv", "step", activation, tensors=(state, x, weight, bias))(
+            step_kernel, b * triton.cdiv(d, block),
             state, x, weight.contiguous(), bias, y, *state.stride(), *x.stride(), d,
             WIDTH=weight.shape[1], SILU=activation, BLOCK=block, num_warps=4,
         )  # fmt: skip

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from seqssm.kernels.launching import launcher
 from seqssm.kernels.triton_tiles import use_device
 
 # Elements of a tile (whole rows), and rows of a program of the backward pass: the fewest programs that fill a GPU, so
@@ -27,9 +28,11 @@ def forward(
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
     total = None if added is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     with use_device(x):
-        forward_kernel[(triton.cdiv(n, block_r),)](
-            x, added, weight.contiguous(), y, total, n, d, eps, BLOCK_R=block_r, BLOCK_D=block_d, num_warps=warps
-        )
+        launcher("norm", "forward", eps, dtype, tensors=(x, added, weight))(
+            forward_kernel, triton.cdiv(n, block_r),
+            x, added, weight.contiguous(), y, total, n, d, eps,
+            BLOCK_R=block_r, BLOCK_D=block_d, num_warps=warps,
+        )  # fmt: skip
     return y, total
 
 
@@ -48,9 +51,11 @@ def backward(
     dadded = torch.empty(total.shape, dtype=added_dtype, device=total.device) if own else None
     dtotal = None if dtotal is None else dtotal.contiguous()
     dweight = torch.empty(programs, d, dtype=torch.float32, device=total.device)
+    dy = dy.contiguous()
     with use_device(total):
-        backward_kernel[(programs,)](
-            dy.contiguous(), dtotal, total.contiguous(), weight.contiguous(), dx, dadded, dweight, n, d, tiles, eps,
+        launcher("norm", "backward", eps, added_dtype, tensors=(dy, dtotal, total, weight))(
+            backward_kernel, programs,
+            dy, dtotal, total.contiguous(), weight.contiguous(), dx, dadded, dweight, n, d, tiles, eps,
             BLOCK_R=block_r, BLOCK_D=block_d, num_warps=warps,
         )  # fmt: skip
     return dx, dadded, dweight.sum(0).to(weight.dtype)

@@ -8,6 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
+from seqssm.kernels.launching import Launcher, launcher
 from seqssm.kernels.selective_scan.op import CHUNK
 from seqssm.kernels.selective_scan.triton_backward import gradient_kernel, history_kernel, unpack_kernel
 from seqssm.kernels.selective_scan.triton_forward import pack_kernel, pass_states_kernel, scan_kernel, step_kernel
@@ -32,6 +33,8 @@ _SUMMARY_REGISTERS: int | None = 96
 _SCAN_REGISTERS: int | None = 128
 _HISTORY_REGISTERS: int | None = None
 _GRADIENT_REGISTERS: int | None = None
+# Segments through which a program passes states, where there are more than twice as many; and how many it reads ahead.
+_SPAN, _PASS_UNROLL, _PASS_BLOCK = (8, 4, 32) if _INTERPRET else (64, 32, 32)
 # States that a kernel takes together, where their number is a multiple of it.
 _SUMMARY_UNROLL, _SCAN_UNROLL, _HISTORY_UNROLL = 2, 2, 1
 # The cache into which a tile's memory is brought while the tile before it is computed: 1 or 2, or 0 for none.
@@ -83,12 +86,15 @@ def forward(
     whole = l % _TILE == 0 and d // g % block == 0
     wide = wide_offsets(_TILE, u, delta, z)
     with use_device(u):
-        packed, tiles = _pack(B, C, 0, l, l, mask, _TILE)
+        tensors = (u, delta, z, B, C, D, delta_bias, initial_state, seq_idx)
+        launch = launcher("scan", "forward", delta_softplus, reverse, save_states, join is None, n, tensors=tensors)
+        packed, tiles = _pack(launch, B, C, 0, l, l, mask, _TILE)
         total_steps = _float32(b, ends, d, like=u)
 
         def scan(segments: int, summary: bool) -> None:
             unroll = _SUMMARY_UNROLL if summary else _SCAN_UNROLL
-            scan_kernel[(programs * (segments - 1 if summary else segments),)](
+            launch(
+                scan_kernel, programs * (segments - 1 if summary else segments),
                 u, delta, z, y, packed, A2, D, delta_bias, carry, total_steps, initial_state, final_state,
                 states if save_states and segments == 1 else None, seq_idx,
                 *u.stride(), *delta.stride(), *strides(z, 3), *strides(seq_idx, 2),
@@ -102,13 +108,13 @@ def forward(
             scan(ends, True)
         if join is not None:
             own = carry.clone()
-            _pass_states(own, total_steps, A2, None, None, None, ends, 1)
+            _pass_states(launch, own, total_steps, A2, None, None, None, ends, 1)
             initial_state = _contiguous32(join(own[:, -1].mT.contiguous(), total_steps[:, :-1].sum(1)))
             total_steps = total_steps[:, :-1].contiguous()
             carry = _float32(b, segments, n, d, like=u, spare=d).copy_(carry[:, :-1])
         if segments > 1:
             saved = states if save_states else None
-            _pass_states(carry, total_steps, A2, initial_state, None, saved, segments, CHUNK // segment)
+            _pass_states(launch, carry, total_steps, A2, initial_state, None, saved, segments, CHUNK // segment)
         scan(segments, False)
     return y, final_state, states
 
@@ -166,8 +172,9 @@ def backward(
     slabs = [(max(0, end - slab), min(slab, end)) for end in range(chunks, 0, -slab)]  # (first chunk, chunks)
 
     def make_history(first: int, count: int) -> tuple[Tensor, int]:
-        packed, tiles = _pack(B, C, first * CHUNK, count * CHUNK, l, mask, tile)
-        history_kernel[(b * count * g * blocks,)](
+        packed, tiles = _pack(launch, B, C, first * CHUNK, count * CHUNK, l, mask, tile)
+        launch(
+            history_kernel, b * count * g * blocks,
             u, delta, z, dy, packed, A2, D, delta_bias, states, history, adjoint, total_steps, seq_idx, dz, y,
             *all_strides, *strides(dz, 3),
             l, d, d // g, g, n, first, chunks, count, mask,
@@ -179,6 +186,8 @@ def backward(
         return packed, tiles
 
     with use_device(u):
+        tensors = (u, delta, z, dy, B, C, D, delta_bias, initial_state, seq_idx, dz, y)
+        launch = launcher("scan", "backward", delta_softplus, reverse, join is None, n, tensors=tensors)
         made: tuple[Tensor, int] | None = None
         if join is not None:
             own, total = dstate.clone(), torch.zeros_like(total_steps[:, 0])
@@ -186,15 +195,15 @@ def backward(
                 made = make_history(first, count)
                 # With one slab, its history and what its chunks yield serve again below.
                 passing = adjoint.clone() if len(slabs) == 1 else adjoint
-                _pass_states(passing, total_steps, A2, own, own, None, count, 1, backward=True)
+                _pass_states(launch, passing, total_steps, A2, own, own, None, count, 1, backward=True)
                 total += total_steps.flatten(0, 1)[: b * count].unflatten(0, (b, count)).sum(1)
             dstate += join(own, total)
         for first, count in slabs:
             packed, tiles = made if made is not None and len(slabs) == 1 else make_history(first, count)
             inputs = (u, delta, z, dy, packed, A2)
-            grid = (b * count * g * blocks,)
-            _pass_states(adjoint, total_steps, A2, dstate, dstate, None, count, 1, backward=True)
-            gradient_kernel[grid](
+            _pass_states(launch, adjoint, total_steps, A2, dstate, dstate, None, count, 1, backward=True)
+            launch(
+                gradient_kernel, b * count * g * blocks,
                 *inputs, D, delta_bias, history, adjoint, seq_idx, du, ddelta, dpacked, dA, dD, dbias, *all_strides,
                 l, d, d // g, g, n, first, count, int(first + count < chunks), mask,
                 SOFTPLUS=delta_softplus, WHOLE=whole, WIDE=wide, CHUNK=CHUNK,
@@ -202,7 +211,8 @@ def backward(
                 num_warps=1, maxnreg=_GRADIENT_REGISTERS if seq_idx is None else None,
             )  # fmt: skip
             block_t, block_n = _pack_block(count * CHUNK, n)
-            unpack_kernel[(b * g * triton.cdiv(count * CHUNK, block_t),)](
+            launch(
+                unpack_kernel, b * g * triton.cdiv(count * CHUNK, block_t),
                 dpacked, dB, dC, first * CHUNK, tiles, l, g, blocks, n, mask,
                 TILE=tile, BLOCK_T=block_t, BLOCK_N=block_n,
             )  # fmt: skip
@@ -238,7 +248,8 @@ def step(
     block_n = min(triton.next_power_of_2(n), 32)
     block = 1024 // block_n if d > 4096 else 256 // block_n
     with use_device(u):
-        step_kernel[(b * triton.cdiv(d, block),)](
+        launcher("scan", "step", delta_softplus, tensors=(state, u, delta, A, B, C, D, z, delta_bias))(
+            step_kernel, b * triton.cdiv(d, block),
             state, u, delta, A, B, C, D, z, delta_bias, y,
             *state.stride(), *u.stride(), *delta.stride(), *A.stride(), *B.stride(), *C.stride(), *strides(z, 2),
             d, g, n, SOFTPLUS=delta_softplus, BLOCK=block, BLOCK_N=block_n, num_warps=2,
@@ -247,6 +258,7 @@ def step(
 
 
 def _pass_states(
+    launch: Launcher,
     carry: Tensor,
     total_steps: Tensor,
     A2: Tensor,
@@ -257,16 +269,34 @@ def _pass_states(
     share: int,
     backward: bool = False,
 ) -> None:
+    """Turn what segments yield into what enters them: where there are many, by spans of them side by side."""
     b, _, n, d = carry.shape
-    block = 32
-    pass_states_kernel[(b * triton.cdiv(n * d, block),)](
-        carry, total_steps, A2, entering, leaving, saved, segments, d, n,
-        BACKWARD=backward, SHARE=share, UNROLL=4 if _INTERPRET else 32, BLOCK=block, num_warps=1,
+    blocks = triton.cdiv(n * d, _PASS_BLOCK)
+    spans = triton.cdiv(segments, _SPAN) if segments > 2 * _SPAN else 1
+    options = {"UNROLL": _PASS_UNROLL, "BLOCK": _PASS_BLOCK, "num_warps": 1}
+    outer = outer_steps = None
+    if spans > 1:
+        outer = _float32(b, spans, n, d, like=carry)
+        outer_steps = _float32(b, spans, d, like=carry)
+        launch(
+            pass_states_kernel, b * spans * blocks,
+            carry, total_steps, A2, None, None, None, outer, outer_steps, segments, _SPAN, d, n,
+            BACKWARD=backward, SUMMARY=True, SHARE=1, **options,
+        )  # fmt: skip
+        launch(
+            pass_states_kernel, b * blocks,
+            outer, outer_steps, A2, entering, None, None, None, None, spans, spans, d, n,
+            BACKWARD=False, SUMMARY=False, SHARE=1, **options,
+        )  # fmt: skip
+    launch(
+        pass_states_kernel, b * spans * blocks,
+        carry, total_steps, A2, entering, leaving, saved, outer, None, segments, _SPAN if spans > 1 else segments, d, n,
+        BACKWARD=backward, SUMMARY=False, SHARE=share, **options,
     )  # fmt: skip
 
 
 def _pack(
-    B: Tensor, C: Tensor, start: int, tokens: int, length: int, reverse_mask: int, tile: int
+    launch: Launcher, B: Tensor, C: Tensor, start: int, tokens: int, length: int, reverse_mask: int, tile: int
 ) -> tuple[Tensor, int]:
     """B and C (b, l, g, n) of ``tokens`` tokens from ``start``, in scan order and float32, as pairs in int64
     (b, g, tiles, n, 2, tile/2); and the number of tiles."""
@@ -274,7 +304,8 @@ def _pack(
     tiles = triton.cdiv(tokens, tile)
     packed = _float32(b, g, tiles, n, 2, tile, like=B, spare=2 * tile)
     block_t, block_n = _pack_block(tokens, n)
-    pack_kernel[(b * g * triton.cdiv(tiles * tile, block_t),)](
+    launch(
+        pack_kernel, b * g * triton.cdiv(tiles * tile, block_t),
         B, C, packed, *B.stride(), *C.stride(), start, tiles, length, g, n, reverse_mask,
         TILE=tile, BLOCK_T=block_t, BLOCK_N=block_n,
     )  # fmt: skip

@@ -198,45 +198,59 @@ def scan_kernel(
             tl.store(final_state + (batch * channels + c) * states + i, h, mask=mask)
 
 
-@triton.jit(do_not_specialize=["segments"])
+@triton.jit(do_not_specialize=["segments", "span"])
 def pass_states_kernel(
-    carry, total_steps, A2, entering, leaving, saved, segments, channels, states,
-    BACKWARD: tl.constexpr, SHARE: tl.constexpr, UNROLL: tl.constexpr, BLOCK: tl.constexpr,
+    carry, total_steps, A2, entering, leaving, saved, outer, outer_steps, segments, span, channels, states,
+    BACKWARD: tl.constexpr, SUMMARY: tl.constexpr, SHARE: tl.constexpr, UNROLL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Turn ``carry`` (b, segments, n, d) in place from what each segment yields by itself into what enters it.
 
     ``entering``, ``leaving`` (b, d, n) or None: what enters the first segment and leaves the last. ``saved``
     (b, segments / SHARE, n, d) or None takes what enters every SHARE-th segment. BACKWARD goes from the last segment to
     the first. Memory is read UNROLL segments, of which SHARE is a divisor, ahead of the recurrence.
+
+    A program takes a span of segments, of which there are as many as ``outer`` (b, spans, n, d) has, one without it.
+    With SUMMARY it only puts what its span yields by itself there, and the sum of the step sizes into ``outer_steps``
+    (b, spans, d); else it starts from ``outer``. Spans are counted in the order in which they are passed through.
     """
     size = channels * states
     blocks = tl.cdiv(size, BLOCK)
-    batch = (tl.program_id(0) // blocks).to(tl.int64)
+    spans = tl.cdiv(segments, span)
+    row = tl.program_id(0) // blocks
+    batch = (row // spans).to(tl.int64)
+    begin = (row % spans) * span
     lane = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
     mask = lane < size
     c = lane % channels
     corner = batch * size + c * states + lane // channels
     a2 = tl.load(A2 + lane, mask=mask, other=0.0)
     h = tl.zeros([BLOCK], tl.float32)
-    if entering is not None:
+    if outer is not None:
+        outer += row.to(tl.int64) * size + lane
+        if not SUMMARY:
+            h = tl.load(outer, mask=mask, other=0.0)
+    elif entering is not None:
         h = tl.load(entering + corner, mask=mask, other=0.0)
     first = batch * segments
-    carry += first * size + lane
-    total_steps += first * channels + c
     size_step, channel_step = size, channels
     if BACKWARD:
-        carry += (segments - 1).to(tl.int64) * size
-        total_steps += (segments - 1).to(tl.int64) * channels
+        first += segments - 1 - begin
         size_step, channel_step = -size, -channels
+    else:
+        first += begin
+    carry += first * size + lane
+    total_steps += first * channels + c
     if saved is not None:
-        saved += batch * tl.cdiv(segments, SHARE) * size + lane
+        saved += (batch * tl.cdiv(segments, SHARE) + begin // SHARE) * size + lane
+    count = tl.minimum(segments - begin, span)
+    sum_steps = tl.zeros([BLOCK], tl.float32)
     next_ends = ()
     next_totals = ()
     for j in tl.static_range(UNROLL):
-        inside = mask & (j < segments)
+        inside = mask & (j < count)
         next_ends += (tl.load(carry + j * size_step, mask=inside, other=0.0),)
         next_totals += (tl.load(total_steps + j * channel_step, mask=inside, other=0.0),)
-    for s in range(0, segments, UNROLL):
+    for s in range(0, count, UNROLL):
         ends, totals = next_ends, next_totals
         here = carry
         carry += UNROLL * size_step.to(tl.int64)
@@ -244,20 +258,26 @@ def pass_states_kernel(
         next_ends = ()
         next_totals = ()
         for j in tl.static_range(UNROLL):
-            inside = mask & (s + UNROLL + j < segments)
+            inside = mask & (s + UNROLL + j < count)
             next_ends += (tl.load(carry + j * size_step, mask=inside, other=0.0),)
             next_totals += (tl.load(total_steps + j * channel_step, mask=inside, other=0.0),)
         for j in tl.static_range(UNROLL):
-            inside = mask & (s + j < segments)
-            tl.store(here + j * size_step, h, mask=inside)
-            if saved is not None:  # noqa: SIM102  (the compiler must know this half alone)
-                if j % SHARE == 0:
-                    tl.store(saved + j // SHARE * size, h, mask=inside)
+            if SUMMARY:
+                sum_steps += totals[j]
+            else:
+                inside = mask & (s + j < count)
+                tl.store(here + j * size_step, h, mask=inside)
+                if saved is not None:  # noqa: SIM102  (the compiler must know this half alone)
+                    if j % SHARE == 0:
+                        tl.store(saved + j // SHARE * size, h, mask=inside)
             h = tl.where(totals[j] == float("inf"), 0.0, tl.exp2(a2 * totals[j])) * h + ends[j]
         if saved is not None:
             saved += UNROLL // SHARE * size.to(tl.int64)
-    if leaving is not None:
-        tl.store(leaving + corner, h, mask=mask)
+    if SUMMARY:
+        tl.store(outer, h, mask=mask)
+        tl.store(outer_steps + row.to(tl.int64) * channels + lane, sum_steps, mask=lane < channels)
+    elif leaving is not None:
+        tl.store(leaving + corner, h, mask=mask & (begin + span >= segments))
 
 
 @triton.jit

@@ -6,6 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
+from seqssm.kernels.launching import Launcher, launcher
 from seqssm.kernels.ssd.triton_backward import input_kernel, keep_kernel, reduce_kernel, sum_kernel
 from seqssm.kernels.ssd.triton_forward import output_kernel, pass_kernel, prepare_kernel, step_kernel, walk_kernel
 from seqssm.kernels.triton_tiles import reverse_mask, strides, use_device
@@ -76,7 +77,7 @@ def forward(
     states = _float32(b, plan.segments, h, n, p, like=x) if plan.segments > 1 else _float32(0, like=x)
     with use_device(x):
         tensors = (x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx)
-        launch = _launcher("forward", plan, dt_softplus, reverse, tensors=tensors)
+        launch = launcher("ssd", "forward", plan, dt_softplus, reverse, tensors=tensors)
         scan = _Scan(plan, launch, x, dt, A, B, dt_bias, dt_softplus, seq_idx, reverse)
         if plan.segments > 1:
             totals = _float32(b, plan.segments, h, like=x)
@@ -140,7 +141,7 @@ def backward(
     entering, leaving = (torch.empty(kept_size, dtype=kept_dtype, device=x.device) for _ in range(2))
     with use_device(x):
         tensors = (dy, dfinal_state, states, x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx)
-        launch = _launcher("backward", plan, dt_softplus, reverse, splits, slab, tensors=tensors)
+        launch = launcher("ssd", "backward", plan, dt_softplus, reverse, splits, slab, tensors=tensors)
         scan = _Scan(plan, launch, x, dt, A, B, dt_bias, dt_softplus, seq_idx, reverse)
         adjoints = states
         if plan.segments > 1:
@@ -208,7 +209,7 @@ def step(
     block_n = triton.next_power_of_2(n)
     block_p = min(triton.next_power_of_2(p), max(1, 2048 // block_n))
     with use_device(x):
-        launch = _launcher("step", dt_softplus, tensors=(state, x, dt, A, B, C, D, z, dt_bias))
+        launch = launcher("ssd", "step", dt_softplus, tensors=(state, x, dt, A, B, C, D, z, dt_bias))
         launch(
             step_kernel, b * h * triton.cdiv(p, block_p),
             state, x, dt, A, B, C, D, z, dt_bias, y,
@@ -219,49 +220,13 @@ def step(
     return y
 
 
-class _Launcher:
-    """Launches kernels, each always with the same types, constants and sizes that Triton compiles for.
-
-    So what it compiled is looked up once: every other launch skips the look at 50 and more arguments, which would take
-    longer than the GPU takes for a short sequence.
-    """
-
-    def __init__(self) -> None:
-        self.compiled: dict[int, Any] = {}
-
-    def __call__(self, kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
-        compiled = self.compiled.get(id(kernel))
-        if compiled is None:
-            self.compiled[id(kernel)] = kernel[(programs,)](*args, **constants)
-        else:
-            # The constants come last in every kernel and are part of what is compiled: their values are not read.
-            compiled[(programs, 1, 1)](*args, *(None,) * (len(kernel.arg_names) - len(args)))
-
-
-_MOST_LAUNCHERS = 1024
-_launchers: dict[tuple, _Launcher] = {}
-
-
-def _launcher(*settings: Any, tensors: tuple[Tensor | None, ...]) -> _Launcher:
-    """The launcher for ``settings`` and for the dtypes, layouts and alignments of ``tensors``."""
-    key = settings + tuple(
-        None if v is None else (v.dtype, v.shape, v.stride(), v.data_ptr() % 16, v.device.index) for v in tensors
-    )
-    launcher = _launchers.get(key)
-    if launcher is None:
-        if len(_launchers) >= _MOST_LAUNCHERS:
-            _launchers.clear()
-        launcher = _launchers[key] = _Launcher()
-    return launcher
-
-
 class _Scan:
     """What all launches of one pass share; preparing it computes the step sizes and the decays."""
 
     def __init__(
         self,
         plan: _Plan,
-        launch: _Launcher,
+        launch: Launcher,
         x: Tensor,
         dt: Tensor,
         A: Tensor,
@@ -317,7 +282,7 @@ class _Scan:
         )  # fmt: skip
 
 
-def _pass_states(launch: _Launcher, carry: Tensor, totals: Tensor, entering: Tensor | None, backward: bool) -> None:
+def _pass_states(launch: Launcher, carry: Tensor, totals: Tensor, entering: Tensor | None, backward: bool) -> None:
     b, segments, h, n, p = carry.shape
     block = 64
     at = (0, 0, 0, 0) if entering is None else (*entering.stride()[:2], entering.stride(3), entering.stride(2))

@@ -22,6 +22,7 @@ from ptx import Warp
 from torch import Tensor
 
 from seqssm.kernels import selective_scan, selective_scan_step
+from seqssm.kernels.launching import Launcher
 from seqssm.kernels.triton_tiles import sum_and_store_assembly
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
@@ -66,7 +67,15 @@ def test_assembly_that_sums_over_lanes(count: int, pack: int) -> None:
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles, chunks, segments and slabs so small that a few dozen tokens have several of each."""
     module = importlib.import_module("seqssm.kernels.selective_scan.triton")
-    sizes = {"CHUNK": 8, "_SEGMENT": 8, "_SHORTEST_SEGMENT": 4, "_HISTORY_BYTES": 1, "_TILE": 4, "_BLOCK": 32}
+    sizes = {
+        "CHUNK": 8,
+        "_SEGMENT": 8,
+        "_SHORTEST_SEGMENT": 4,
+        "_HISTORY_BYTES": 1,
+        "_TILE": 4,
+        "_BLOCK": 32,
+        "_SPAN": 2,
+    }
     for name, value in sizes.items():
         monkeypatch.setattr(module, name, value)
 
@@ -96,6 +105,30 @@ def test_strides_beyond_32_bits(reverse: bool) -> None:
     case = ScanCase(l=9, d=3, n=2, reverse=reverse)
     scan = functools.partial(selective_scan, delta_softplus=True, reverse=reverse, backend="triton")
     assert_same_from_afar(case, ("u", "delta", "B", "C", "z"), scan)
+
+
+@interpreted
+@pytest.mark.parametrize("segments", [1, 4, 5, 11])  # one span; one; three, the last one short
+@pytest.mark.parametrize("backward", [False, True])
+def test_states_pass_through_spans(monkeypatch: pytest.MonkeyPatch, segments: int, backward: bool) -> None:
+    module = importlib.import_module("seqssm.kernels.selective_scan.triton")
+    monkeypatch.setattr(module, "_SPAN", 2)
+    generator = torch.Generator().manual_seed(0)
+    b, n, d, share = 2, 3, 20, 2
+    ends, entering = torch.randn(b, segments, n, d, generator=generator), torch.randn(b, d, n, generator=generator)
+    steps, a2 = torch.rand(b, segments, d, generator=generator), -torch.rand(n, d, generator=generator)
+    steps[1, segments // 2, 3] = float("inf")  # a reset
+    saved = None if backward else torch.empty(b, -(-segments // share), n, d)
+    carry, leaving = ends.clone(), torch.empty(b, d, n)
+    module._pass_states(Launcher(), carry, steps, a2, entering, leaving, saved, segments, share, backward)
+    h, expected = entering.mT, torch.empty_like(ends)
+    for s in reversed(range(segments)) if backward else range(segments):
+        expected[:, s] = h
+        h = torch.exp2(a2 * steps[:, s, None]) * h + ends[:, s]
+    torch.testing.assert_close(carry, expected)
+    torch.testing.assert_close(leaving, h.mT)
+    if saved is not None:
+        torch.testing.assert_close(saved, expected[:, ::share])
 
 
 @interpreted
