@@ -384,26 +384,28 @@ def unpack_kernel(
     TILE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dB, dC (b, l, g, n) from scan time ``start`` on: the sums over the blocks of channels, in a fixed order."""
-    time_blocks = tl.cdiv(tiles * TILE, BLOCK_T)
+    TILES: tl.constexpr = BLOCK_T // TILE
+    parts = tl.cdiv(tiles, TILES)
     pid = tl.program_id(0)
-    group = (pid // time_blocks) % groups
-    batch = (pid // (time_blocks * groups)).to(tl.int64)
-    t = (pid % time_blocks) * BLOCK_T + tl.arange(0, BLOCK_T)
-    time = start + t
+    group = (pid // parts) % groups
+    batch = (pid // (parts * groups)).to(tl.int64)
+    tile = ((pid % parts) * TILES + tl.arange(0, TILES))[:, None, None]
+    j = tl.arange(0, TILE)[None, None, :]  # last, as in ``dpacked``: what is next to each other is read together
+    time = start + tile * TILE + j
     token = tl.where(((reverse_mask >> group) & 1) != 0, length - 1 - time, time).to(tl.int64)
     size = states * tiles.to(tl.int64) * (2 * TILE)
     dpacked += (batch * groups + group) * blocks * size
-    offset = (t // TILE).to(tl.int64) * (states * 2 * TILE) + t % TILE
     for n0 in range(0, states, BLOCK_N):
-        n = n0 + tl.arange(0, BLOCK_N)
-        inside = ((time < length) & (t < tiles * TILE))[:, None] & (n < states)[None, :]
-        at = dpacked + offset[:, None] + n[None, :] * (2 * TILE)
-        db = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
-        dc = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
+        n = n0 + tl.arange(0, BLOCK_N)[None, :, None]
+        there = (tile < tiles) & (n < states)
+        at = dpacked + tile.to(tl.int64) * (states * 2 * TILE) + n * (2 * TILE) + j
+        db = tl.zeros([TILES, BLOCK_N, TILE], tl.float32)
+        dc = tl.zeros([TILES, BLOCK_N, TILE], tl.float32)
         for _ in range(blocks):
-            db += tl.load(at, mask=inside, other=0.0)
-            dc += tl.load(at + TILE, mask=inside, other=0.0)
+            db += tl.load(at, mask=there, other=0.0)
+            dc += tl.load(at + TILE, mask=there, other=0.0)
             at += size
-        out = ((batch * length + token) * groups + group)[:, None] * states + n[None, :]
+        inside = there & (time < length)
+        out = ((batch * length + token) * groups + group) * states + n
         tl.store(dB + out, db.to(dB.dtype.element_ty), mask=inside)
         tl.store(dC + out, dc.to(dC.dtype.element_ty), mask=inside)
