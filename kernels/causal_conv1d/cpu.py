@@ -57,7 +57,7 @@ def forward(
 
 def backward(
     dy: Tensor,
-    dfinal_state: Tensor,
+    dfinal_state: Tensor | None,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -70,7 +70,8 @@ def backward(
     b, l, d = x.shape
     k = weight.shape[1]
     conv = _Conv(x, weight, bias, activation, initial_state, seq_idx, reverse)
-    dy, dfinal_state = addressable(dy), dfinal_state.detach().float().contiguous()
+    dy = addressable(dy)
+    dfinal_state = torch.zeros(b, d, k - 1) if dfinal_state is None else dfinal_state.detach().float().contiguous()
     dx, dinitial_state = torch.empty(b, l, d), torch.empty(b, d, k - 1)
     sums = torch.zeros(conv.tasks, *conv.parameters.shape, dtype=torch.float64)
     results = tuple(t.data_ptr() for t in (dy, dfinal_state, dx, dinitial_state, sums))

@@ -148,7 +148,7 @@ def _forward_fake(
 
 def _backward_kernel(
     dy: Tensor,
-    dfinal_state: Tensor,
+    dfinal_state: Tensor | None,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -170,7 +170,7 @@ def _backward_kernel(
 
 def _backward_fake(
     dy: Tensor,
-    dfinal_state: Tensor,
+    dfinal_state: Tensor | None,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -193,8 +193,6 @@ def _autograd(ctx, dy, dfinal_state):  # type: ignore[no-untyped-def]
     x, weight, bias, initial_state, seq_idx = ctx.saved_tensors
     if dy is None:
         dy = torch.zeros_like(x)
-    if dfinal_state is None:
-        dfinal_state = x.new_zeros(x.shape[0], x.shape[2], weight.shape[1] - 1)
     dx, dweight, dbias, dinitial_state = _backward(
         dy, dfinal_state, x, weight, bias, ctx.activation, initial_state, seq_idx, ctx.reverse, ctx.backend
     )

@@ -11,10 +11,12 @@ from seqssm.kernels.launching import launcher
 from seqssm.kernels.triton_tiles import reverse_mask, strides, use_device, wide_offsets
 
 _INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-# Tokens in flight; channels of a program, its warps, and its tokens.
+# Tokens in flight; channels of a program, which is one warp.
 _TILE = 4 if _INTERPRET else 8
-_FORWARD = (128, 1, 256)
-_BACKWARD = (128, 1, 256)
+_BLOCK = 128
+# Tokens of a program: the most, and, where that many programs would not fill the GPU, the least.
+_SEGMENT, _SHORTEST_SEGMENT = 256, 64
+_ENOUGH_PROGRAMS = 4096
 
 
 def forward(
@@ -30,7 +32,8 @@ def forward(
     b, l, d = x.shape
     k = weight.shape[1]
     parts = len(reverse)
-    block, warps, segment = _FORWARD
+    blocks = b * parts * triton.cdiv(d // parts, _BLOCK)
+    segment = _segment(blocks, l)
     segments = triton.cdiv(l, segment)
     wide = wide_offsets(max(_TILE, k), x)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -39,17 +42,17 @@ def forward(
     with use_device(x):
         launch = launcher("conv", "forward", activation, reverse, tensors=(x, weight, bias, initial_state, seq_idx))
         launch(
-            forward_kernel, b * segments * parts * triton.cdiv(d // parts, block),
+            forward_kernel, blocks * segments,
             x, weight.contiguous(), bias, initial_state, seq_idx, y, final_state, *x.stride(), *strides(seq_idx, 2),
             l, d, d // parts, parts, segments, reverse_mask(reverse),
-            WIDTH=k, SILU=activation, WIDE=wide, SEGMENT=segment, TILE=_TILE, BLOCK=block, num_warps=warps,
+            WIDTH=k, SILU=activation, WIDE=wide, SEGMENT=segment, TILE=_TILE, BLOCK=_BLOCK, num_warps=1,
         )  # fmt: skip
     return y, final_state
 
 
 def backward(
     dy: Tensor,
-    dfinal_state: Tensor,
+    dfinal_state: Tensor | None,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -63,8 +66,8 @@ def backward(
     b, l, d = x.shape
     k = weight.shape[1]
     parts = len(reverse)
-    block, warps, segment = _BACKWARD
-    segment -= k - 1  # with the tokens beyond its end, a program then takes whole tiles
+    blocks = b * parts * triton.cdiv(d // parts, _BLOCK)
+    segment = _segment(blocks, l) - (k - 1)  # with the tokens beyond its end, a program then takes whole tiles
     segments = triton.cdiv(l, segment)
     if dx is None:
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -75,17 +78,27 @@ def backward(
         dinitial_state = torch.empty_like(initial_state)
     dtaps = torch.empty(b, segments, k + 1, d, dtype=torch.float32, device=x.device)
     with use_device(x):
-        tensors = (dy, dx, x, weight, bias, initial_state, seq_idx)
+        dfinal_state = None if dfinal_state is None else dfinal_state.contiguous()
+        tensors = (dy, dfinal_state, dx, x, weight, bias, initial_state, seq_idx)
         launch = launcher("conv", "backward", activation, reverse, tensors=tensors)
         launch(
-            backward_kernel, b * segments * parts * triton.cdiv(d // parts, block),
-            dy, dfinal_state.contiguous(), x, weight.contiguous(), bias, initial_state, seq_idx, dx, dtaps,
+            backward_kernel, blocks * segments,
+            dy, dfinal_state, x, weight.contiguous(), bias, initial_state, seq_idx, dx, dtaps,
             dinitial_state, *dy.stride(), *x.stride(), *dx.stride(), *strides(seq_idx, 2),
             l, d, d // parts, parts, segments, reverse_mask(reverse),
-            WIDTH=k, SILU=activation, WIDE=wide, SEGMENT=segment, TILE=_TILE, BLOCK=block, num_warps=warps,
+            WIDTH=k, SILU=activation, WIDE=wide, SEGMENT=segment, TILE=_TILE, BLOCK=_BLOCK, num_warps=1,
         )  # fmt: skip
     totals = dtaps.sum((0, 1))
-    return dx, totals[:k].t(), None if bias is None else totals[k], dinitial_state
+    dweight = torch.empty(weight.shape, dtype=weight.dtype, device=x.device).copy_(totals[:k].t())
+    return dx, dweight, None if bias is None else totals[k], dinitial_state
+
+
+def _segment(blocks: int, length: int) -> int:
+    """Tokens of a program, where ``blocks`` programs take a segment."""
+    segment = _SEGMENT
+    while segment > _SHORTEST_SEGMENT and blocks * triton.cdiv(length, segment) < _ENOUGH_PROGRAMS:
+        segment //= 2
+    return segment
 
 
 def step(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, activation: bool) -> Tensor:

@@ -185,7 +185,7 @@ def backward_kernel(
             totals += (taps[WIDTH - 1] * grad,)
             leaving = begin + t + j - (WIDTH - 1)
             done = totals[0]
-            if WIDTH > 1:
+            if WIDTH > 1 and dfinal_state is not None:
                 at = dfinal_state + state + leaving - length + (WIDTH - 1)
                 into_state = (leaving >= length - (WIDTH - 1)) & (leaving < length)
                 if into_state:

@@ -36,7 +36,7 @@ def forward(
 
 def backward(
     dy: Tensor,
-    dfinal_state: Tensor,
+    dfinal_state: Tensor | None,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -60,7 +60,8 @@ def backward(
             sigmoid = torch.sigmoid(out)
             dout = dout * (sigmoid * (1 + out * (1 - sigmoid)))
         dpadded = torch.zeros_like(conv.padded)
-        dpadded[:, l:] = conv.hide_from_end(dfinal_state[:, part].to(dtype).mT)
+        if dfinal_state is not None:
+            dpadded[:, l:] = conv.hide_from_end(dfinal_state[:, part].to(dtype).mT)
         for j in range(k):
             dvisible = conv.hide(dout, j)
             dpadded[:, j : j + l].addcmul_(dvisible, conv.weight[:, j])
