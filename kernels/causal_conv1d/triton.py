@@ -33,7 +33,7 @@ def forward(
     k = weight.shape[1]
     parts = len(reverse)
     blocks = b * parts * triton.cdiv(d // parts, _BLOCK)
-    segment = _segment(blocks, l)
+    segment = _segment(blocks, l, k)
     segments = triton.cdiv(l, segment)
     wide = wide_offsets(max(_TILE, k), x)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -67,7 +67,7 @@ def backward(
     k = weight.shape[1]
     parts = len(reverse)
     blocks = b * parts * triton.cdiv(d // parts, _BLOCK)
-    segment = _segment(blocks, l) - (k - 1)  # with the tokens beyond its end, a program then takes whole tiles
+    segment = _segment(blocks, l, k) - (k - 1)  # with the tokens beyond its end, a program then takes whole tiles
     segments = triton.cdiv(l, segment)
     if dx is None:
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -93,10 +93,10 @@ def backward(
     return dx, dweight, None if bias is None else totals[k], dinitial_state
 
 
-def _segment(blocks: int, length: int) -> int:
-    """Tokens of a program, where ``blocks`` programs take a segment."""
-    segment = _SEGMENT
-    while segment > _SHORTEST_SEGMENT and blocks * triton.cdiv(length, segment) < _ENOUGH_PROGRAMS:
+def _segment(blocks: int, length: int, taps: int) -> int:
+    """Tokens of a program, where ``blocks`` programs take a segment; at least twice the taps, which it reads beyond it."""
+    segment = max(_SEGMENT, triton.next_power_of_2(2 * taps))
+    while segment > max(_SHORTEST_SEGMENT, 2 * taps) and blocks * triton.cdiv(length, segment) < _ENOUGH_PROGRAMS:
         segment //= 2
     return segment
 

@@ -197,7 +197,7 @@ def backward_kernel(
             tl.store(dx_row + c * dx_c, done.to(dx.dtype.element_ty), mask=inside & (leaving >= begin))
             if dinitial_state is not None:
                 at = dinitial_state + state + leaving + (WIDTH - 1)
-                tl.store(at, done.to(dinitial_state.dtype.element_ty), mask=inside & (leaving < 0))
+                tl.store(at, done.to(dinitial_state.dtype.element_ty), mask=inside & (leaving < 0) & (begin == 0))
             dx_row += dx_step
             moved = ()
             left = ()
