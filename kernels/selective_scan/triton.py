@@ -31,12 +31,12 @@ _PART_HISTORY_BYTES = 2 << 30
 # resets do in the backward pass, which would spill.
 _SUMMARY_REGISTERS: int | None = 96
 _SCAN_REGISTERS: int | None = 128
-_HISTORY_REGISTERS: int | None = None
+_HISTORY_REGISTERS: int | None = 208
 _GRADIENT_REGISTERS: int | None = None
 # Segments through which a program passes states, where there are more than twice as many; and how many it reads ahead.
-_SPAN, _PASS_UNROLL, _PASS_BLOCK = (8, 4, 32) if _INTERPRET else (64, 32, 32)
+_SPAN, _PASS_UNROLL, _PASS_BLOCK = (8, 4, 32) if _INTERPRET else (32, 8, 32)
 # States that a kernel takes together, where their number is a multiple of it.
-_SUMMARY_UNROLL, _SCAN_UNROLL, _HISTORY_UNROLL = 2, 2, 1
+_SUMMARY_UNROLL, _SCAN_UNROLL, _HISTORY_UNROLL = 2, 2, 2
 # The cache into which a tile's memory is brought while the tile before it is computed: 1 or 2, or 0 for none.
 _PREFETCH = 0 if _INTERPRET else 2
 
