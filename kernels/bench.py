@@ -6,7 +6,9 @@ A case name says all: ``scan-1x256x1048576`` is a selective scan with b = 1, d =
 
 What is measured, for each pass (forward; forward and backward):
 
-- time: the median over repeated calls, each timed by itself, ours and the peers' in turn, after one call to warm up;
+- time: the median over repeated calls, each timed by itself, ours and the peers' in turn, after one call to warm up.
+  A GPU is kept busy beforehand while a call is being queued, so that it is the GPU's own time; what the CPU took to
+  queue it, which bounds short sequences outside CUDA graphs, stands beside it as host time;
 - peak memory: what a call needs above its inputs and the incoming gradients. On a GPU the allocator's peak; on the CPU
   the growth of the peak resident set, in a fresh process, which sees every allocator;
 - error: the relative root-mean-square difference to float64, the worst of the results that can be compared;
@@ -42,6 +44,7 @@ from seqssm.errors import UserError
 OURS = "seqssm"
 FORWARD, BOTH = "forward", "forward+backward"
 _MIB = 2**20
+_MOST_CALLS = 500
 
 
 class Rates(NamedTuple):
@@ -228,7 +231,7 @@ def measure(
         if memory:
             for name in times:
                 peaks[name] = peak_mib(case, name, runs[name], pass_name)
-        ms = times[OURS]
+        ms, host_ms = times[OURS]
         limit_ms = 1e3 * sum(work.seconds(rates) for work in case.work(pass_name))
         rows.append(
             {
@@ -236,13 +239,15 @@ def measure(
                 "pass": pass_name,
                 "dtype": str(case.dtype).removeprefix("torch."),
                 "ms": ms,
+                "host_ms": host_ms,
                 "tokens_per_s": case.tokens / ms * 1e3,
                 "peak_mib": peaks.get(OURS),
                 "roofline": limit_ms / ms,
                 "limit_ms": limit_ms,
                 "formula": case.formula,
                 "error": case.error(pass_name, runs[OURS]),
-                "peers": {name: value for name, value in times.items() if name != OURS},
+                "peers": {name: value for name, (value, _) in times.items() if name != OURS},
+                "peers_host_ms": {name: value for name, (_, value) in times.items() if name != OURS},
                 "peers_peak_mib": {name: value for name, value in peaks.items() if name != OURS},
                 "peers_failed": dict(failures),
             }
@@ -255,13 +260,14 @@ def measure(
 
 def time_in_turn(
     case: Case, runs: Mapping[str, Run], pass_name: str, seconds: float, failures: dict[str, str]
-) -> dict[str, float]:
-    """Median milliseconds of each implementation, called in turn so that a slow moment of the machine hits all alike.
+) -> dict[str, tuple[float, float | None]]:
+    """Median milliseconds of each implementation, and of queueing it on a GPU; called in turn, so that a slow moment of
+    the machine hits all alike.
 
     The first calls, on a small relative of the case and on the case itself, warm up; if the latter takes a minute or
     more it is the only one. A peer that raises is noted in ``failures`` and left out.
     """
-    samples: dict[str, list[float]] = {}
+    samples: dict[str, list[tuple[float, float | None]]] = {}
     left_ms: dict[str, float] = {}
     for name, run in runs.items():
         if name in failures:
@@ -274,29 +280,38 @@ def time_in_turn(
                 raise
             failures[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
             continue
-        single = first >= 60e3
+        single = first[0] >= 60e3
         samples[name], left_ms[name] = ([first], 0.0) if single else ([], seconds * 1e3)
-    while any(left > 0 for left in left_ms.values()):
+    while any(left > 0 for left in left_ms.values()) and max(map(len, samples.values())) < _MOST_CALLS:
         for name in [name for name, left in left_ms.items() if left > 0]:
             samples[name].append(_milliseconds(functools.partial(runs[name], pass_name), case.device))
-            left_ms[name] -= samples[name][-1]
-    return {name: statistics.median(times) for name, times in samples.items()}
+            left_ms[name] -= samples[name][-1][0]
+    return {name: _medians(times) for name, times in samples.items()}
 
 
-def _milliseconds(function: Callable[[], object], device: str) -> float:
-    """Duration of one call."""
+def _medians(times: Sequence[tuple[float, float | None]]) -> tuple[float, float | None]:
+    host = [queueing for _, queueing in times if queueing is not None]
+    return statistics.median(ms for ms, _ in times), statistics.median(host) if host else None
+
+
+def _milliseconds(function: Callable[[], object], device: str) -> tuple[float, float | None]:
+    """Duration of one call and, on a GPU, of queueing it."""
     if device == "cuda":
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        # Empties the cache, and keeps the GPU busy while the call is being queued: its own launch is no part of it.
-        torch.empty(2**30, dtype=torch.uint8, device="cuda").zero_()
+        # Empties the cache, and keeps the GPU busy for a millisecond while the call is being queued.
+        room = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+        for _ in range(4):
+            room.zero_()
         start.record()
+        begin = time.perf_counter()
         function()
+        host = time.perf_counter() - begin
         end.record()
         torch.cuda.synchronize()
-        return start.elapsed_time(end)
+        return start.elapsed_time(end), host * 1e3
     begin = time.perf_counter()
     function()
-    return (time.perf_counter() - begin) * 1e3
+    return (time.perf_counter() - begin) * 1e3, None
 
 
 # ---- memory ---------------------------------------------------------------------------------------------------------
@@ -368,7 +383,7 @@ def _best_seconds(function: Callable[[], object], device: str) -> float:
     """The best of half a second of calls: a limit is what the machine can do, not what it does on average."""
     end, best = time.perf_counter() + 0.5, math.inf
     while time.perf_counter() < end:
-        best = min(best, _milliseconds(function, device))
+        best = min(best, _milliseconds(function, device)[0])
     return best / 1e3
 
 
@@ -421,9 +436,10 @@ def format_row(row: Mapping[str, Any]) -> str:
     """One result as a line of text."""
     peak = "" if row["peak_mib"] is None else f"  peak {row['peak_mib']:,.0f} MiB"
     error = "" if row["error"] is None else f"  error {row['error']:.1e}"
+    host = "" if row["host_ms"] is None else f"  host {row['host_ms']:.3g} ms"
     line = (
         f"  {row['pass']:<17} {row['dtype']}  {row['ms']:.4g} ms  {row['tokens_per_s']:,.0f} tokens/s"
-        f"  roofline {row['roofline']:.0%}{peak}{error}"
+        f"  roofline {row['roofline']:.0%}{peak}{host}{error}"
     )
     for name, ms in row["peers"].items():
         other = row["peers_peak_mib"].get(name)

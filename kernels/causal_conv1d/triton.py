@@ -94,7 +94,7 @@ def backward(
 
 
 def _segment(blocks: int, length: int, taps: int) -> int:
-    """Tokens of a program, where ``blocks`` programs take a segment; at least twice the taps, which it reads beyond it."""
+    """Tokens of a program, where ``blocks`` programs take a segment: at least twice the taps, which are read twice."""
     segment = max(_SEGMENT, triton.next_power_of_2(2 * taps))
     while segment > max(_SHORTEST_SEGMENT, 2 * taps) and blocks * triton.cdiv(length, segment) < _ENOUGH_PROGRAMS:
         segment //= 2
