@@ -378,3 +378,38 @@ def test_language_model_steps_equal_one_pass(tie):
 def test_a_language_model_is_causal():
     with pytest.raises(UserError, match="predicts from the past"):
         LanguageModel(13, BackboneConfig(bidirectional="tied"))
+
+
+def loss_curve(backend: str, seed: int, dtype: torch.dtype, device: str = "cuda", steps: int = 200) -> Tensor:
+    """Losses of a small language model of Mamba blocks on a Markov chain; the data are the same for every seed."""
+    torch.manual_seed(seed)
+    config = BackboneConfig(d_model=32, n_layers=2, backend=backend)
+    model = LanguageModel(16, config).to(device)
+    generator = torch.Generator().manual_seed(3)
+    table = torch.softmax(3 * torch.randn(16, 16, generator=generator), -1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(steps):
+        tokens = torch.randint(16, (8, 1), generator=generator)
+        for _ in range(96):
+            tokens = torch.cat([tokens, torch.multinomial(table[tokens[:, -1]], 1, generator=generator)], 1)
+        tokens = tokens.to(device)
+        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+            logits, _ = model(tokens[:, :-1])
+        loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return torch.stack(losses).cpu()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_losses_of_200_steps_lie_within_the_spread_of_reference_seeds(dtype):
+    triton, reference, other = (loss_curve(*run, dtype) for run in (("triton", 0), ("reference", 0), ("reference", 1)))
+    difference, spread = (triton - reference).abs(), (other - reference).abs()
+    print(f"{dtype}: difference {difference.max():.2e}, spread {spread.max():.2e}, last loss {triton[-1]:.3f}")
+    assert reference[-20:].mean() < 0.8 * reference[:5].mean()  # it learns
+    assert difference.max() <= spread.max()
+    assert difference.mean() <= 0.5 * spread.mean()
