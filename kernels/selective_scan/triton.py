@@ -1,5 +1,6 @@
 """Backend "triton": the selective scan on the GPU; the README derives it and states its cost against the limit."""
 
+import functools
 import math
 import os
 from collections.abc import Callable
@@ -312,6 +313,7 @@ def _pack(
     return packed.view(torch.int64), tiles
 
 
+@functools.cache
 def _warp_sums(tile: int, block: int) -> dict[str, str | int | None]:
     """The assembly with which ``gradient_kernel`` sums over channels; none in the interpreter, which has no warps."""
     pack = block // 32
@@ -340,8 +342,10 @@ def _transposed_log2(A: Tensor) -> Tensor:
 
 def _float32(*shape: int, like: Tensor, spare: int = 0) -> Tensor:
     """Uninitialised, with memory for ``spare`` more numbers behind it: the kernels read one row too many."""
-    size = math.prod(shape)
-    return torch.empty(size + spare, dtype=torch.float32, device=like.device)[:size].view(shape)
+    if spare == 0:
+        return torch.empty(shape, dtype=torch.float32, device=like.device)
+    strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+    return torch.empty(math.prod(shape) + spare, dtype=torch.float32, device=like.device).as_strided(shape, strides)
 
 
 def _contiguous32(x: Tensor | None) -> Tensor | None:
