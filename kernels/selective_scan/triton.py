@@ -162,8 +162,7 @@ def backward(
         dz = torch.empty(u.shape, dtype=z.dtype, device=u.device)
     dB, dC = (torch.empty(B.shape, dtype=x.dtype, device=u.device) for x in (B, C))
     blocks = triton.cdiv(d // g, block)
-    # One tile more: the last tile of a chunk leaves its states behind the chunk's, unread unless another follows.
-    history = _float32(b, slab * (CHUNK // tile) + 1, n, d, like=u, spare=d)
+    history = _float32(b, slab * (CHUNK // tile), n, d, like=u, spare=d)
     adjoint, dA = (_float32(b, slab, n, d, like=u, spare=d) for _ in range(2))
     total_steps, dD, dbias = (_float32(b, slab, d, like=u) for _ in range(3))
     dpacked = _float32(b, g, blocks, slab * (CHUNK // tile), n, 2, tile, like=u)

@@ -151,7 +151,7 @@ def history_kernel(
                         results += (outputs[j] + h * read[j],)
                 outputs = results
                 if WHOLE:
-                    tl.store(after + here, h)
+                    tl.store(after + here, h, mask=t + TILE < tokens)
                 else:
                     tl.store(after + here, h, mask=mask & (t + TILE < tokens))
                 g = decays[TILE - 1] * (read[TILE - 1] * grads[TILE - 1])

@@ -152,6 +152,9 @@ SCAN_CASES = {
     "strided": ScanCase(l=80, b=2, d=10, g=2, packed=11, strided=True),
     "strided-reverse": ScanCase(l=80, b=2, d=10, g=2, packed=11, strided=True, reverse=True),
     "wide": ScanCase(l=40, b=2, d=150, n=5),
+    "whole": ScanCase(l=512, b=3, d=64, n=16),
+    "whole-both-directions": ScanCase(l=264, b=2, d=128, n=3, g=2, reverse=(False, True)),
+    "whole-narrow": ScanCase(l=64, b=3, d=32, optional=False, state=False),
     "many-states": ScanCase(l=20, d=3, n=256),
 }
 CONV_CASES = {
