@@ -132,10 +132,11 @@ class Block(nn.Module):
 
     def forward(
         self, x: Tensor, added: Tensor | None, state: State | None, seq_idx: Tensor | None
-    ) -> tuple[Tensor, Tensor, State]:
+    ) -> tuple[Tensor, Tensor | None, State]:
         """Run the block on the residual stream x + ``added``.
 
-        The sum is left to the norm that reads it: what comes back is again the stream and what is to be added to it.
+        The sum is left to the norm that reads it: what comes back is again the stream and what is to be added to it, if
+        anything is.
         """
         recompute = self.recompute and torch.is_grad_enabled()
         if recompute and self.mlp is None and self.mixer.recomputes(x):
@@ -153,11 +154,19 @@ class Block(nn.Module):
 
     def _run(
         self, x: Tensor, added: Tensor | None, state: State | None, seq_idx: Tensor | None
-    ) -> tuple[Tensor, Tensor, State]:
+    ) -> tuple[Tensor, Tensor | None, State]:
         dtype = _product_dtype(x)
-        x, y = self.norm(x, added, strands=self.strands, dtype=dtype)
-        y, state = self.mixer(y, state, seq_idx=seq_idx)
-        y = self.dropout(y)
+        y: Tensor | None
+        chunk = None
+        if state is not None and not self.training and not torch.is_grad_enabled():
+            stream = x if added is None else (x + added).to(x.dtype)
+            chunk = self.mixer.residual_chunk(stream, self.norm, state, seq_idx)
+        if chunk is not None:
+            (x, state), y = chunk, None
+        else:
+            x, y = self.norm(x, added, strands=self.strands, dtype=dtype)
+            y, state = self.mixer(y, state, seq_idx=seq_idx)
+            y = self.dropout(y)
         if self.mlp is not None:
             x, y = self.mlp_norm(x, y, strands=self.strands, dtype=dtype)
             y = self.dropout(per_strand(self.mlp, y, self.strands))

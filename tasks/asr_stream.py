@@ -82,10 +82,11 @@ class StreamingEncoder(nn.Module):
             ``position - lookahead + i``, if there is one.
         """
         task, device = self.task, samples.device
-        stem, below, ahead, above = (
-            {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
-            for name in STATE_PARTS
-        )
+        split: dict[str, State] = {name: {} for name in STATE_PARTS}
+        for key, value in state.items():
+            name, _, own = key.partition(".")
+            split[name][own] = value
+        stem, below, ahead, above = split.values()
         features = fbank(samples, task.features)
         padding = torch.arange(features.shape[1], device=device) >= frames[:, None]
         x, stem = task.subsampling(features.masked_fill(padding[..., None], 0), stem)
@@ -104,6 +105,8 @@ class StreamingEncoder(nn.Module):
 
 def _keep(rows: Tensor, old: State, new: State, prefix: str) -> State:
     """The new state, but the old one in these rows."""
+    if rows.device.type == "cpu" and not rows.any():  # on a GPU, to ask would be to wait
+        return new
     return {
         key: torch.where(rows.view(-1, *(1,) * (value.dim() - 1)), old[prefix + key], value)
         for key, value in new.items()

@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -121,9 +121,7 @@ def run(args: argparse.Namespace) -> None:
     task = load_network(checkpoint_or_default(args.checkpoint, ASRNetwork), ASRNetwork).to(args.device)
     make_decoder = decoders(task, config)
 
-    def transcriber(rate: int, seconds: float | None = None) -> Transcriber:
-        if seconds is not None:
-            task.prepare_for(round(seconds / task.token_s))
+    def transcriber(rate: int) -> Transcriber:
         return Transcriber(
             task, rate, lookahead_ms=args.lookahead_ms, chunk_ms=args.chunk_ms, decoder=make_decoder(), rules=rules
         )
@@ -133,6 +131,7 @@ def run(args: argparse.Namespace) -> None:
     if args.files == ["-"]:
         _live(args, transcriber)
         return
+    task.prepare_for(round(_total_s(args.files) / task.token_s))
     skipped = []
     with _destination(args) as writer_of:
         for name in args.files:
@@ -170,6 +169,15 @@ def _check(args: argparse.Namespace) -> None:
             args.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot make {args.folder}: {error.strerror or error}; choose another --folder") from error
+
+
+def _total_s(files: list[str]) -> float:
+    """Seconds of all recordings; those that cannot be read count nothing here, and are told of in their turn."""
+    seconds = 0.0
+    for name in files:
+        with suppress(UserError), open_audio(Path(name)) as file:
+            seconds += file.frames / file.samplerate
+    return seconds
 
 
 def _note(text: str) -> None:
@@ -220,13 +228,13 @@ def _writing(writer: TranscriptWriter, flushed: IO[str] | None = None) -> Write:
     return write
 
 
-def _transcribe_file(path: Path, transcriber: Callable[[int, float], Transcriber], write: Write) -> None:
+def _transcribe_file(path: Path, transcriber: Callable[[int], Transcriber], write: Write) -> None:
     from seqssm.data.progress import progress_bar
 
     begin = time.monotonic()
     with open_audio(path) as file:
         n_samples, rate = file.frames, file.samplerate
-    stream = transcriber(rate, n_samples / rate)
+    stream = transcriber(rate)
     loudest = 0.0
     with progress_bar(path.name, n_samples) as advance:
         for samples, _ in blocks(path, BLOCK_S):

@@ -133,6 +133,12 @@ class Mixer(nn.Module):
         """
         raise NotImplementedError
 
+    def residual_chunk(
+        self, x: Tensor, norm: RMSNorm, state: State, seq_idx: Tensor | None = None
+    ) -> tuple[Tensor, State] | None:
+        """x (b, l, d) + :meth:`forward` of its norm where one kernel does both without gradients; else None."""
+        return None
+
     def residual_step(self, x: Tensor, norm: RMSNorm, state: State) -> Tensor:
         """x (b, d) + :meth:`step` of its norm: a subclass may do both at once."""
         return x + self.step(norm(x)[1], state)
