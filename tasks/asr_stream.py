@@ -47,10 +47,7 @@ class StreamingEncoder(nn.Module):
         self.span_samples = self.step_samples - config.hop_samples + config.frame_samples
         # Where a lookahead is no multiple of the chunk, the upper layers begin in the middle of one.
         self._ragged = any(delay % chunk for delay in task.lookahead.menu)
-        self.register_buffer("delays", torch.tensor(task.lookahead.menu), persistent=False)
         self.train(task.training)
-
-    delays: Tensor
 
     def init_state(self, batch: int) -> State:
         """The state before the first sample."""
@@ -94,7 +91,7 @@ class StreamingEncoder(nn.Module):
         column = torch.arange(self.chunk, device=device)
         y, ahead = task.lookahead.advance(x, choice, position[:, None] + column < total[:, None], ahead)
         if task.upper is not None:
-            index = position[:, None] - self.delays[choice][:, None] + column  # (b, c) tokens
+            index = position[:, None] - task.lookahead.delays[choice][:, None] + column  # (b, c) tokens
             begun = (index >= 0).to(torch.int32) if self._ragged else None
             y, above = task.upper(y, above, seq_idx=begun)
             above = _keep(index[:, -1] < 0, state, above, "upper.")
@@ -111,6 +108,70 @@ def _keep(rows: Tensor, old: State, new: State, prefix: str) -> State:
         key: torch.where(rows.view(-1, *(1,) * (value.dim() - 1)), old[prefix + key], value)
         for key, value in new.items()
     }
+
+
+class _Step:
+    """A table's step: :class:`StreamingEncoder` on memory that stays where it is, on a GPU as one CUDA graph.
+
+    Hundreds of launches a step would take longer than what they do. The graph is made in the first call.
+
+    Attributes:
+        samples: (slots, span) that the next step reads, to be written to; on the CPU.
+        about: (4, slots) likewise: frames, position, total and choice of each row. A row at position -1 waits.
+        state: of all slots.
+    """
+
+    def __init__(self, encoder: StreamingEncoder, slots: int) -> None:
+        self._encoder, self._device = encoder, encoder.task.device
+        self._on_gpu = self._device.type == "cuda"
+        samples = torch.zeros(slots, encoder.span_samples, pin_memory=self._on_gpu)
+        about = torch.zeros(4, slots, dtype=torch.int64, pin_memory=self._on_gpu)
+        self.samples, self.about = samples.numpy(), about.numpy()
+        self._from = samples, about
+        self._inputs = (
+            tuple(torch.empty_like(x, device=self._device) for x in self._from) if self._on_gpu else self._from
+        )
+        self.state = encoder.init_state(slots)
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._outputs: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self) -> tuple[Tensor, Tensor]:
+        """Advance the state; gives encoded (slots, c, d) and log-probabilities (slots, c, v), for now."""
+        if not self._on_gpu:
+            encoded, log_probs, self.state = self._encoder(*self._arguments())
+            return encoded, log_probs
+        for to, source in zip(self._inputs, self._from, strict=True):
+            to.copy_(source, non_blocking=True)
+        if self._graph is None:
+            self._capture()
+        assert self._graph is not None
+        assert self._outputs is not None
+        self._graph.replay()
+        return self._outputs
+
+    def _arguments(self) -> tuple[Any, ...]:
+        samples, about = self._inputs
+        return samples, *about, self.state
+
+    def _run(self) -> tuple[Tensor, Tensor]:
+        encoded, log_probs, state = self._encoder(*self._arguments())
+        for key, value in state.items():
+            self.state[key].copy_(value)
+        return encoded, log_probs
+
+    def _capture(self) -> None:
+        before = {key: value.clone() for key, value in self.state.items()}
+        stream = torch.cuda.Stream(self._device)
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):
+            for _ in range(2):  # whatever is compiled or chosen at first use must be so before
+                self._run()
+        torch.cuda.current_stream(self._device).wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            self._outputs = self._run()
+        for key, value in before.items():
+            self.state[key].copy_(value)
 
 
 class Session:
@@ -307,9 +368,8 @@ class SlotTable:
         self.chunk = max(1, round(chunk_ms / 1000 / task.token_s))
         self.encoder = StreamingEncoder(task, self.chunk).to(task.device).eval()
         self.sessions: dict[int, Session] = {}
-        self._state = self.encoder.init_state(slots)
-        self._fresh = {key: value[:1].clone() for key, value in self._state.items()}
-        self._samples = np.zeros((slots, self.encoder.span_samples), np.float32)
+        self._step = _Step(self.encoder, slots)
+        self._fresh = {key: value[:1].clone() for key, value in self._step.state.items()}
         self._fingerprint: str | None = None
 
     @property
@@ -355,15 +415,12 @@ class SlotTable:
         ready = [session for session in self.sessions.values() if session.ready]
         if not ready:
             return []
-        # frames, position, total and choice of each row; one that waits has position -1
-        about = np.tile(np.array([[0], [-1], [0], [0]], np.int64), self.slots)
+        samples, about = self._step.samples, self._step.about
+        about[:] = [[0], [-1], [0], [0]]  # nobody is there
         for session in ready:
-            frames = session.next_chunk(self._samples[session.slot])
+            frames = session.next_chunk(samples[session.slot])
             about[:, session.slot] = frames, session.position, session.total, session.choice
-        device = self.task.device
-        frames, position, total, choice = torch.from_numpy(about).to(device)
-        samples = torch.from_numpy(self._samples).to(device)
-        encoded, log_probs, self._state = self.encoder(samples, frames, position, total, choice, self._state)
+        encoded, log_probs = self._step()
         read = {"log_probs": log_probs.cpu()}
         if any(session.decoder.reads == "encoded" for session in ready):
             read["encoded"] = encoded.cpu()
@@ -373,7 +430,7 @@ class SlotTable:
 
     def _write_row(self, slot: int, row: State) -> None:
         for key, value in row.items():
-            self._state[key][slot : slot + 1] = value.to(self._state[key].device)
+            self._step.state[key][slot : slot + 1] = value
 
     # ---- to another process ------------------------------------------------------------------------------------------
 
@@ -384,7 +441,7 @@ class SlotTable:
         """
         plain, arrays = session.state()
         about = {**self._settings(session), "session": json.dumps(plain)}
-        tensors = {f"state/{key}": value[session.slot : session.slot + 1] for key, value in self._state.items()}
+        tensors = {f"state/{key}": value[session.slot : session.slot + 1] for key, value in self._step.state.items()}
         tensors |= {key: torch.from_numpy(value.copy()) for key, value in arrays.items()}
         return save({key: value.cpu().contiguous().clone() for key, value in tensors.items()}, metadata=about)
 
@@ -403,7 +460,7 @@ class SlotTable:
             plain = json.loads(about["session"])
         except (SafetensorError, ValueError) as error:
             raise UserError(f"the snapshot is damaged ({error}); take a new one") from error
-        self._write_row(session.slot, {key: tensors[f"state/{key}"] for key in self._state})
+        self._write_row(session.slot, {key: tensors[f"state/{key}"] for key in self._step.state})
         session.load(plain, {key: tensors[key].numpy() for key in ("samples", "input")})
 
     def _settings(self, session: Session) -> dict[str, str]:
