@@ -276,7 +276,7 @@ class Session:
         left = encoder.task.features.frames(self._resampled) - self.position * SUBSAMPLING
         return min(max(left, 0), frames)
 
-    def take_chunk(self, rows: Tensor) -> None:
+    def take_chunk(self, rows: np.ndarray) -> None:
         """What the model made of the chunk, (c, ...), goes to the decoder."""
         first = self.position - self.delay
         self.position += self._encoder.chunk
@@ -421,9 +421,9 @@ class SlotTable:
             frames = session.next_chunk(samples[session.slot])
             about[:, session.slot] = frames, session.position, session.total, session.choice
         encoded, log_probs = self._step()
-        read = {"log_probs": log_probs.cpu()}
+        read = {"log_probs": log_probs.cpu().numpy()}
         if any(session.decoder.reads == "encoded" for session in ready):
-            read["encoded"] = encoded.cpu()
+            read["encoded"] = encoded.cpu().numpy()
         for session in ready:
             session.take_chunk(read[session.decoder.reads][session.slot])
         return ready

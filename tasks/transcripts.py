@@ -9,7 +9,7 @@ from typing import IO, Any, Literal
 
 from seqssm.errors import UserError
 from seqssm.tasks.decoding.emissions import Emission, emissions_of, plain
-from seqssm.tasks.decoding.words import TimedToken, Word, timed_tokens, words
+from seqssm.tasks.decoding.words import Spelling, TimedToken, Word, timed_tokens, words
 
 FORMATS = ("text", "json", "srt", "vtt")
 Format = Literal["text", "json", "srt", "vtt"]
@@ -75,7 +75,7 @@ class Segmenter:
         self._tokens, self._token_s, self._rules = list(tokens), token_s, rules
         self._segment = 0
         self._start = 0  # position where the open segment begins
-        self._open: list[Emission] = []  # its stable emissions
+        self._open = Spelling(self._tokens, token_s)  # its stable emissions
         self._told = ("", "")
         self._seen: tuple[Any, ...] = ()  # what the last partial result was made of
 
@@ -84,14 +84,14 @@ class Segmenter:
         return {
             "segment": self._segment,
             "start": self._start,
-            "open": plain(self._open),
+            "open": plain(self._open.emissions),
             "told": list(self._told),
         }
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on from :meth:`state`."""
         self._segment, self._start = state["segment"], state["start"]
-        self._open = emissions_of(state["open"])
+        self._open = Spelling(self._tokens, self._token_s, emissions_of(state["open"]))
         self._told = (state["told"][0], state["told"][1])
 
     def must_settle(self, stable: Sequence[Emission], partial: Sequence[Emission], position: int) -> bool:
@@ -100,15 +100,15 @@ class Segmenter:
 
     def advance(self, stable: Sequence[Emission], partial: Sequence[Emission], position: int) -> list[Result]:
         """Take the newly stable emissions and the unstable rest behind them, with ``position`` positions decoded."""
-        self._open += stable
+        self._open.add(stable)
         results = []
         due, end_s = self._due(partial, position), position * self._token_s
         if due == "pause":
-            results += self._close(len(self._open), end_s)
+            results += self._close(len(self._open.emissions), end_s)
             self._start = position
         elif due == "length":
             count = self._whole_words()
-            rest = self._open[count:]
+            rest = self._open.emissions[count:]
             results += self._close(count, end_s)
             self._start = rest[0].frame if rest else position
         results += self._tell(partial, end_s)
@@ -116,14 +116,14 @@ class Segmenter:
 
     def finish(self, stable: Sequence[Emission], end_s: float) -> list[Result]:
         """The last result; no time in it lies behind ``end_s``."""
-        self._open += stable
-        return self._close(len(self._open), end_s)
+        self._open.add(stable)
+        return self._close(len(self._open.emissions), end_s)
 
     def _text(self, emissions: Sequence[Emission]) -> str:
         return " ".join("".join(self._tokens[one.id - 1] for one in emissions).split())
 
     def _due(self, partial: Sequence[Emission], position: int) -> Literal["pause", "length"] | None:
-        said = [*self._open, *partial]
+        said = [*self._open.emissions, *partial]
         has_text = any(self._tokens[one.id - 1].strip() for one in said)
         last = max((one.frame for one in said), default=self._start - 1)
         silence = (position - 1 - last) * self._token_s
@@ -134,45 +134,43 @@ class Segmenter:
 
     def _whole_words(self) -> int:
         """Emissions in front of the last word that is begun; all where there is one word only."""
-        for i in range(len(self._open) - 1, 0, -1):
-            if self._tokens[self._open[i].id - 1].startswith(" ") and self._text(self._open[:i]):
+        said = self._open.emissions
+        for i in range(len(said) - 1, 0, -1):
+            if self._tokens[said[i].id - 1].startswith(" ") and self._text(said[:i]):
                 return i
-        return len(self._open)
+        return len(said)
 
     def _close(self, count: int, end_s: float) -> list[Result]:
-        taken, self._open = self._open[:count], self._open[count:]
+        said = self._open.emissions
+        taken, self._open = said[:count], Spelling(self._tokens, self._token_s, said[count:])
         self._told = ("", "")
-        if not self._text(taken):
+        text = self._text(taken)
+        if not text:
             return []
-        result = self._result(taken, len(taken), True, end_s)
+        timed = timed_tokens(taken, self._tokens, self._token_s, end_s)
+        result = self._result(True, text, text, timed, words(taken, self._tokens, self._token_s, end_s), end_s)
         self._segment += 1
         return [result]
 
     def _tell(self, partial: Sequence[Emission], end_s: float) -> list[Result]:
         """The open segment's partial result, if it says something new."""
-        seen = (self._segment, len(self._open), *partial)
+        stable = self._open.emissions
+        seen = (self._segment, len(stable), *partial)
         if seen == self._seen:
             return []
         self._seen = seen
-        result = self._result([*self._open, *partial], len(self._open), False, end_s)
-        if (result.text, result.stable) == self._told:
+        stable_text = self._text(stable)
+        text = self._text([*stable, *partial]) if partial else stable_text
+        if (text, stable_text) == self._told:
             return []
-        self._told = (result.text, result.stable)
-        return [result]
+        self._told = (text, stable_text)
+        return [self._result(False, text, stable_text, *self._open.spelled(partial, end_s), end_s)]
 
-    def _result(self, emissions: Sequence[Emission], stable: int, is_final: bool, end_s: float) -> Result:
-        said = words(emissions, self._tokens, self._token_s, end_s)
+    def _result(
+        self, is_final: bool, text: str, stable: str, timed: list[TimedToken], said: list[Word], end_s: float
+    ) -> Result:
         start_s = said[0].start_s if said else min(self._start * self._token_s, end_s)
-        return Result(
-            self._segment,
-            is_final,
-            self._text(emissions),
-            self._text(emissions[:stable]),
-            start_s,
-            said[-1].end_s if said else start_s,
-            said,
-            timed_tokens(emissions, self._tokens, self._token_s, end_s),
-        )
+        return Result(self._segment, is_final, text, stable, start_s, said[-1].end_s if said else start_s, said, timed)
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------

@@ -68,15 +68,54 @@ def words(
     Joined by spaces they are the decoded text, runs of spaces being one.
     """
     found: list[Word] = []
-    spelled: list[TimedToken] = []
-    for token in timed_tokens(emissions, tokens, token_s, duration_s):
+    begun: list[TimedToken] = []
+    _spell(timed_tokens(emissions, tokens, token_s, duration_s), found, begun)
+    return found + _word(begun)
+
+
+class Spelling:
+    """:func:`timed_tokens` and :func:`words` of a text that grows: what is settled is not computed again.
+
+    Args:
+        tokens, token_s: as of :func:`timed_tokens`.
+        emissions: the text so far.
+    """
+
+    def __init__(self, tokens: Sequence[str], token_s: float, emissions: Sequence[Emission] = ()) -> None:
+        self._tokens, self._token_s = tokens, token_s
+        self.emissions = list(emissions)
+        # Of all emissions but the last, which the next one ends: their times, whole words, and what follows these.
+        self._timed: list[TimedToken] = []
+        self._words: list[Word] = []
+        self._begun: list[TimedToken] = []
+
+    def add(self, emissions: Sequence[Emission]) -> None:
+        """More of the text."""
+        self.emissions += emissions
+
+    def spelled(self, partial: Sequence[Emission], heard_s: float) -> tuple[list[TimedToken], list[Word]]:
+        """Tokens and words of the text and what may follow it, ``heard_s`` of the recording having been decoded."""
+        known = len(self._timed)
+        if len(self.emissions) > known + 1:
+            settled = timed_tokens(self.emissions[known:], self._tokens, self._token_s)[:-1]
+            _spell(settled, self._words, self._begun)
+            self._timed += settled
+            known = len(self._timed)
+        rest = timed_tokens([*self.emissions[known:], *partial], self._tokens, self._token_s, heard_s)
+        found, begun = self._words.copy(), self._begun.copy()
+        _spell(rest, found, begun)
+        return self._timed + rest, found + _word(begun)
+
+
+def _spell(timed: Sequence[TimedToken], found: list[Word], begun: list[TimedToken]) -> None:
+    """Go on with the words that are whole and with the parts of the one that is not."""
+    for token in timed:
         first, *rest = token.text.split(" ")
         if first:
-            spelled.append(_part(token, first))
+            begun.append(_part(token, first))
         for part in rest:
-            found += _word(spelled)
-            spelled = [_part(token, part)] if part else []
-    return found + _word(spelled)
+            found += _word(begun)
+            begun[:] = [_part(token, part)] if part else []
 
 
 def _part(token: TimedToken, text: str) -> TimedToken:

@@ -2,11 +2,13 @@
 
 import io
 import json
+import random
 
 import pytest
 
 from seqssm.errors import UserError
 from seqssm.tasks.decoding.emissions import Emission
+from seqssm.tasks.decoding.words import Spelling, timed_tokens, words
 from seqssm.tasks.transcripts import EndpointRules, Result, Segmenter, TranscriptWriter, clock
 
 TOKENS = list(" abc")
@@ -118,3 +120,23 @@ def test_formats() -> None:
 def test_clock_carries() -> None:
     assert clock(59.9996, ",") == "00:01:00,000"
     assert clock(3599.5, ".") == "00:59:59.500"
+
+
+@pytest.mark.parametrize("tokens", [list(" abc"), [" ", " a", "b", "c d", "ab ", " a b"]])
+def test_a_text_that_grows_is_spelled_as_the_whole_of_it(tokens: list[str]) -> None:
+    rng = random.Random(0)
+    for _ in range(20):
+        frame, spelling = 0, Spelling(tokens, TOKEN_S)
+        for _ in range(12):
+            new = []
+            for _ in range(rng.randint(0, 3)):
+                frame += rng.randint(0, 6)
+                new.append(Emission(rng.randint(1, len(tokens)), frame, rng.random()))
+            partial = [Emission(rng.randint(1, len(tokens)), frame + i, 0.5) for i in range(rng.randint(0, 2))]
+            spelling.add(new)
+            heard_s = (frame + len(partial) + 1) * TOKEN_S
+            said = [*spelling.emissions, *partial]
+            assert spelling.spelled(partial, heard_s) == (
+                timed_tokens(said, tokens, TOKEN_S, heard_s),
+                words(said, tokens, TOKEN_S, heard_s),
+            )
