@@ -157,12 +157,10 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor | None, State]:
         dtype = _product_dtype(x)
         y: Tensor | None
-        chunk = None
-        if state is not None and not self.training and not torch.is_grad_enabled():
-            stream = x if added is None else (x + added).to(x.dtype)
-            chunk = self.mixer.residual_chunk(stream, self.norm, state, seq_idx)
-        if chunk is not None:
-            (x, state), y = chunk, None
+        inference = not self.training and not torch.is_grad_enabled()
+        if state is not None and inference and self.mixer.chunks(x):
+            x = x if added is None else (x + added).to(x.dtype)
+            (x, state), y = self.mixer.residual_chunk(x, self.norm, state, seq_idx), None
         else:
             x, y = self.norm(x, added, strands=self.strands, dtype=dtype)
             y, state = self.mixer(y, state, seq_idx=seq_idx)
@@ -250,6 +248,10 @@ class Backbone(nn.Module):
             for i, block in enumerate(self.blocks)
             for key, value in block.mixer.init_state(batch, device, dtype).items()
         }
+
+    def rows_are_apart(self, x: Tensor) -> bool:
+        """Whether a row of the chunk x, run with a state and without gradients, gives the same bits in any batch."""
+        return all(block.mixer.chunks(x) and block.mlp is None for block in self.blocks)
 
     def forward(self, x: Tensor, state: State | None = None, *, seq_idx: Tensor | None = None) -> tuple[Tensor, State]:
         """Run a chunk, or a whole sequence.

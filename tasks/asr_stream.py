@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from seqssm.backbone import Backbone
 from seqssm.data.features import fbank
 from seqssm.data.resampling import StreamingResampler
 from seqssm.errors import UserError
@@ -63,8 +64,8 @@ class StreamingEncoder(nn.Module):
     @torch.no_grad()
     def forward(
         self, samples: Tensor, frames: Tensor, position: Tensor, total: Tensor, choice: Tensor, state: State
-    ) -> tuple[Tensor, Tensor, State]:
-        """Advance the rows whose ``position`` is not negative; the others keep their state.
+    ) -> tuple[Tensor, Tensor]:
+        """Advance the rows whose ``position`` is not negative, and their state in place.
 
         Args:
             samples: (b, span) at the model's rate.
@@ -72,11 +73,11 @@ class StreamingEncoder(nn.Module):
             position: (b,) tokens read before; -1 for a row that waits.
             total: (b,) tokens of the whole stream, ``OPEN_END`` until they are known.
             choice: (b,) position in the task's ``lookahead_ms``.
-            state: what the previous chunk returned.
+            state: of all rows.
 
         Returns:
-            encoded (b, c, d), log-probabilities (b, c, v) and the state. Column i is the token
-            ``position - lookahead + i``, if there is one.
+            encoded (b, c, d) and log-probabilities (b, c, v). Column i is the token ``position - lookahead + i``, if
+            there is one. What comes out of rows that wait means nothing.
         """
         task, device = self.task, samples.device
         split: dict[str, State] = {name: {} for name in STATE_PARTS}
@@ -84,30 +85,44 @@ class StreamingEncoder(nn.Module):
             name, _, own = key.partition(".")
             split[name][own] = value
         stem, below, ahead, above = split.values()
+        active = position >= 0
         features = fbank(samples, task.features)
         padding = torch.arange(features.shape[1], device=device) >= frames[:, None]
-        x, stem = task.subsampling(features.masked_fill(padding[..., None], 0), stem)
-        x, below = task.backbone(x, below)
+        x, new = task.subsampling(features.masked_fill(padding[..., None], 0), stem)
+        _update(stem, new, active)
+        x = _advance(task.backbone, x, below, active)
         column = torch.arange(self.chunk, device=device)
-        y, ahead = task.lookahead.advance(x, choice, position[:, None] + column < total[:, None], ahead)
+        y, new = task.lookahead.advance(x, choice, position[:, None] + column < total[:, None], ahead)
+        _update(ahead, new, active)
         if task.upper is not None:
             index = position[:, None] - task.lookahead.delays[choice][:, None] + column  # (b, c) tokens
             begun = (index >= 0).to(torch.int32) if self._ragged else None
-            y, above = task.upper(y, above, seq_idx=begun)
-            above = _keep(index[:, -1] < 0, state, above, "upper.")
-        parts = (stem, below, ahead, above)
-        new_state = {f"{name}.{k}": v for name, part in zip(STATE_PARTS, parts, strict=True) for k, v in part.items()}
-        return y, task.score(y), _keep(position < 0, state, new_state, "")
+            y = _advance(task.upper, y, above, active & (index[:, -1] >= 0), begun)
+        return y, task.score(y)
 
 
-def _keep(rows: Tensor, old: State, new: State, prefix: str) -> State:
-    """The new state, but the old one in these rows."""
-    if rows.device.type == "cpu" and not rows.any():  # on a GPU, to ask would be to wait
-        return new
-    return {
-        key: torch.where(rows.view(-1, *(1,) * (value.dim() - 1)), old[prefix + key], value)
-        for key, value in new.items()
-    }
+def _advance(backbone: Backbone, x: Tensor, state: State, active: Tensor, seq_idx: Tensor | None = None) -> Tensor:
+    """x (b, c, d) through a backbone in the rows that are active, and their state in place; anything in the others."""
+    if backbone.rows_are_apart(x) and not active.all():
+        rows = active.nonzero()[:, 0]
+        out = torch.zeros_like(x)
+        if len(rows):
+            some = {key: value[rows] for key, value in state.items()}
+            out[rows], some = backbone(x[rows], some, seq_idx=None if seq_idx is None else seq_idx[rows])
+            for key, value in some.items():
+                state[key][rows] = value
+        return out
+    out, new = backbone(x, state, seq_idx=seq_idx)
+    _update(state, new, active)
+    return out
+
+
+def _update(state: State, new: State, active: Tensor) -> None:
+    """Write the new state in the rows that are active."""
+    everyone = active.device.type == "cpu" and bool(active.all())  # on a GPU, to ask would be to wait
+    for key, value in new.items():
+        old = state[key]
+        old.copy_(value if everyone else torch.where(active.view(-1, *(1,) * (value.dim() - 1)), value, old))
 
 
 class _Step:
@@ -138,8 +153,7 @@ class _Step:
     def __call__(self) -> tuple[Tensor, Tensor]:
         """Advance the state; gives encoded (slots, c, d) and log-probabilities (slots, c, v), for now."""
         if not self._on_gpu:
-            encoded, log_probs, self.state = self._encoder(*self._arguments())
-            return encoded, log_probs
+            return self._run()
         for to, source in zip(self._inputs, self._from, strict=True):
             to.copy_(source, non_blocking=True)
         if self._graph is None:
@@ -149,15 +163,9 @@ class _Step:
         self._graph.replay()
         return self._outputs
 
-    def _arguments(self) -> tuple[Any, ...]:
-        samples, about = self._inputs
-        return samples, *about, self.state
-
     def _run(self) -> tuple[Tensor, Tensor]:
-        encoded, log_probs, state = self._encoder(*self._arguments())
-        for key, value in state.items():
-            self.state[key].copy_(value)
-        return encoded, log_probs
+        samples, about = self._inputs
+        return self._encoder(samples, *about, self.state)
 
     def _capture(self) -> None:
         before = {key: value.clone() for key, value in self.state.items()}

@@ -127,23 +127,20 @@ class Mamba(Mixer):
         mixers = (self,) if backward is None else (self, backward)
         return _run(mixers, x, strands, None, seq_idx, reverse)[0]  # type: ignore[arg-type]
 
+    def chunks(self, x: Tensor) -> bool:
+        if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type) or self.operations.split:
+            return False
+        if x.shape[1] > _MOST_CHUNKED or not x.dtype == self.in_proj.weight.dtype == torch.float32:
+            return False
+        return dispatch.choose_backend("selective_scan", self.backend, x) == "numba"
+
     def residual_chunk(
         self, x: Tensor, norm: RMSNorm, state: State, seq_idx: Tensor | None = None
-    ) -> tuple[Tensor, State] | None:
-        if x.shape[1] > _MOST_CHUNKED or not self._chunks(x):
-            return None
+    ) -> tuple[Tensor, State]:
         y, conv, scan = mamba_chunk(
             x, state["conv"], state["scan"], *self._layer(norm), seq_idx=seq_idx, backend="numba"
         )
         return y, {"conv": conv, "scan": scan}
-
-    def _chunks(self, x: Tensor) -> bool:
-        """Whether the compiled layer takes x and computes in the precision that is asked for."""
-        if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type) or self.operations.split:
-            return False
-        if not x.dtype == self.in_proj.weight.dtype == torch.float32:
-            return False
-        return dispatch.choose_backend("selective_scan", self.backend, x) == "numba"
 
     def _layer(self, norm: RMSNorm) -> tuple[Any, ...]:
         """The parameters of the layer and its norm, as :func:`mamba_step` takes them behind the states."""
