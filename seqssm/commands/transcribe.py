@@ -20,6 +20,7 @@ from typing import IO, Any
 import numpy as np
 import torch
 
+from seqssm import hub
 from seqssm.commands.interrupts import until_interrupted
 from seqssm.data.audio.live import ENCODINGS, LiveAudio
 from seqssm.data.audio.reading import blocks, open_audio
@@ -79,14 +80,19 @@ def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--beam-size", type=int, default=8, help="hypotheses of a beam (default: 8)")
     group.add_argument("--hotwords", type=Path, help="a file with a word or phrase a line that a beam is to prefer")
     group.add_argument("--hotword-boost", type=float, default=1.0, help="nats a character of them (default: 1)")
-    group.add_argument("--ngram", help="an ARPA language model that a beam is to use")
-    group.add_argument("--ngram-unit", choices=("word", "token"), default="word", help="of it (default: word)")
-    group.add_argument("--ngram-weight", type=float, default=0.5, help="of its log-probabilities (default: 0.5)")
-    group.add_argument("--ngram-bonus", type=float, default=0.0, help="nats a word of it (default: 0)")
+    group.add_argument(
+        "--ngram",
+        help="an ARPA language model that a beam is to use, or none; default: the checkpoint's, if it has one",
+    )
+    group.add_argument("--ngram-unit", choices=("word", "token"), help="of it (default: word)")
+    group.add_argument(
+        "--ngram-weight", type=float, help="of its log-probabilities (default: the checkpoint's, or 0.5)"
+    )
+    group.add_argument("--ngram-bonus", type=float, help="nats a word of it (default: the checkpoint's, or 0)")
 
 
 def decoding_config(args: argparse.Namespace) -> DecodingConfig:
-    """The arguments' settings."""
+    """The arguments' settings; ``args.checkpoint`` names one."""
     hotwords: list[str] = []
     if args.hotwords is not None:
         try:
@@ -94,15 +100,20 @@ def decoding_config(args: argparse.Namespace) -> DecodingConfig:
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--hotwords {args.hotwords} cannot be read ({error}); give a text file") from error
         hotwords = [line.strip() for line in lines if line.strip()]
+    ngram = {"path": args.ngram, "unit": "word", "weight": 0.5, "bonus": 0.0}
+    if args.ngram is None and args.decode.endswith("beam") and not Path(args.checkpoint).is_file():
+        ngram |= hub.find_ngram(hub.resolve(args.checkpoint)) or {}
+    chosen = {"unit": args.ngram_unit, "weight": args.ngram_weight, "bonus": args.ngram_bonus}
+    ngram |= {key: value for key, value in chosen.items() if value is not None}
     return DecodingConfig(
         method=args.decode,
         size=args.beam_size,
         hotwords=hotwords,
         hotword_boost=args.hotword_boost,
-        ngram=args.ngram,
-        ngram_unit=args.ngram_unit,
-        ngram_weight=args.ngram_weight,
-        ngram_bonus=args.ngram_bonus,
+        ngram=None if ngram["path"] == "none" else ngram["path"],
+        ngram_unit=ngram["unit"],
+        ngram_weight=ngram["weight"],
+        ngram_bonus=ngram["bonus"],
     )
 
 
@@ -117,8 +128,9 @@ def run(args: argparse.Namespace) -> None:
     _check(args)
     set_threads(args)
     rules = EndpointRules(args.silence_s, args.after_text_s, args.longest_s)
+    args.checkpoint = checkpoint_or_default(args.checkpoint, ASRNetwork)
     config = decoding_config(args)
-    task = load_network(checkpoint_or_default(args.checkpoint, ASRNetwork), ASRNetwork).to(args.device)
+    task = load_network(args.checkpoint, ASRNetwork).to(args.device)
     make_decoder = decoders(task, config)
 
     def transcriber(rate: int) -> Transcriber:
