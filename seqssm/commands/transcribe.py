@@ -281,8 +281,8 @@ def _live(args: argparse.Namespace, transcriber: Callable[[int], Transcriber]) -
                 for samples in packets:
                     write(asr.accept(samples))
                 write(asr.finish())
-    if audio.repaired:
-        _note(f"{audio.name}: {audio.repaired:,} samples were NaN or infinite, and taken for silence")
+    for complaint in audio.complaints():
+        _note(f"{audio.name}: {complaint}")
 
 
 def _tell_partial(result: Result) -> None:
