@@ -77,7 +77,7 @@ def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
     """How text is found: the same for all commands that do."""
     group = parser.add_argument_group("decoding")
     group.add_argument("--decode", choices=METHODS, default="greedy", help="default: %(default)s")
-    group.add_argument("--beam-size", type=int, default=8, help="hypotheses of a beam (default: 8)")
+    group.add_argument("--beam-size", type=int, default=16, help="hypotheses of a beam (default: 16)")
     group.add_argument("--hotwords", type=Path, help="a file with a word or phrase a line that a beam is to prefer")
     group.add_argument("--hotword-boost", type=float, default=1.0, help="nats a character of them (default: 1)")
     group.add_argument(
