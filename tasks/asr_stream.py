@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from seqssm.tasks.asr_layers import SUBSAMPLING
 from seqssm.tasks.asr_network import ASRNetwork
 from seqssm.tasks.decoding.ctc import GreedyCTC
 from seqssm.tasks.decoding.emissions import Decoder
+from seqssm.tasks.packets import SampleQueue, mono
 from seqssm.tasks.transcripts import EndpointRules, Result, Segmenter
 
 SNAPSHOT_FORMAT = "seqssm-transcriber"
@@ -44,16 +46,17 @@ class Session:
         lookahead_ms: int,
         decoder: Decoder,
         rules: EndpointRules,
+        tell_ready: Callable[[Session], object],
     ) -> None:
         task = encoder.task
+        self._tell_ready = tell_ready
         self._encoder, self.slot, self.input_rate, self.lookahead_ms = encoder, slot, input_rate, lookahead_ms
         self.choice = task.menu_position(lookahead_ms)
         self.delay = task.lookahead.menu[self.choice]
         self._resampler = StreamingResampler(input_rate, task.features.sample_rate)
         self.decoder = decoder
         self._segmenter = Segmenter(task.tokenizer.tokens, task.token_s, rules)
-        self._packets: list[np.ndarray] = []  # resampled, not yet part of a chunk
-        self._waiting = 0  # samples in them
+        self._waiting = SampleQueue()  # resampled, not yet read
         self._accepted = 0  # samples that came in
         self._resampled = 0
         self.position = 0  # tokens that the model has read
@@ -64,7 +67,7 @@ class Session:
     @property
     def waiting_s(self) -> float:
         """Seconds of sound that the model has not read yet."""
-        return self._waiting / self._encoder.task.features.sample_rate
+        return len(self._waiting) / self._encoder.task.features.sample_rate
 
     @property
     def accepted_s(self) -> float:
@@ -80,15 +83,15 @@ class Session:
         """
         if self.ended:
             raise ValueError("the stream has ended with finish()")
-        packet = self._resampler.accept(_mono(samples, self._accepted))
+        packet = self._resampler.accept(mono(samples, self._accepted))
         self._accepted += np.shape(samples)[-1]
         self._append(packet)
 
     def _append(self, packet: np.ndarray) -> None:
-        if len(packet):
-            self._packets.append(packet)
-            self._waiting += len(packet)
-            self._resampled += len(packet)
+        self._waiting.append(packet)
+        self._resampled += len(packet)
+        if len(self._waiting) >= self._encoder.span_samples:
+            self._tell_ready(self)
 
     def finish(self) -> None:
         """The stream has ended: what is still inside the model will come out."""
@@ -98,7 +101,9 @@ class Session:
         self.ended = True
         frames = self._encoder.task.features.frames(self._resampled)
         self.total = -(-frames // SUBSAMPLING)
-        if not self.total:
+        if self.total:
+            self._tell_ready(self)
+        else:
             self._close()
 
     def take(self) -> list[Result]:
@@ -111,25 +116,23 @@ class Session:
     @property
     def ready(self) -> bool:
         """Whether the model can read a chunk."""
-        return not self.done and (self.ended or self._waiting >= self._encoder.span_samples)
+        return not self.done and (self.ended or len(self._waiting) >= self._encoder.span_samples)
 
     def next_chunk(self, row: np.ndarray) -> int:
         """Write the next chunk's samples into row (span,), zero behind the end; gives the number of real frames."""
         encoder = self._encoder
-        self._packets = [np.concatenate(self._packets)] if len(self._packets) > 1 else self._packets
-        samples = self._packets[0] if self._packets else np.zeros(0, np.float32)
-        count = min(len(samples), encoder.span_samples)
-        row[:count], row[count:] = samples[:count], 0
-        rest = samples[encoder.step_samples :]
-        self._packets, self._waiting = ([rest] if len(rest) else []), len(rest)
+        samples = self._waiting.samples[: encoder.span_samples]
+        row[: len(samples)] = samples
+        row[len(samples) :] = 0
+        self._waiting.drop(encoder.step_samples)
         frames = encoder.chunk * SUBSAMPLING
         if not self.ended:
             return frames
         left = encoder.task.features.frames(self._resampled) - self.position * SUBSAMPLING
         return min(max(left, 0), frames)
 
-    def take_chunk(self, rows: np.ndarray) -> None:
-        """What the model made of the chunk, (c, ...), goes to the decoder."""
+    def take_chunk(self, rows: Any) -> None:
+        """What the model made of the chunk, c frames as the decoder reads them, goes to the decoder."""
         first = self.position - self.delay
         self.position += self._encoder.chunk
         last = min(self.position - self.delay, self.total)
@@ -163,8 +166,7 @@ class Session:
             "segmenter": self._segmenter.state(),
             "resampler": {key: value for key, value in resampler.items() if key != "input"},
         }
-        samples = np.concatenate(self._packets) if self._packets else np.zeros(0, np.float32)
-        return plain, {"samples": samples, "input": np.asarray(resampler["input"], np.float32)}
+        return plain, {"samples": self._waiting.samples, "input": np.asarray(resampler["input"], np.float32)}
 
     def load(self, plain: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
         """Go on from :meth:`state`."""
@@ -174,25 +176,10 @@ class Session:
         self.decoder.load(plain["decoder"])
         self._segmenter.load(plain["segmenter"])
         self._resampler.restore({**plain["resampler"], "input": arrays["input"]})
-        self._packets = [arrays["samples"].copy()] if len(arrays["samples"]) else []
-        self._waiting = len(arrays["samples"])
-
-
-def _mono(samples: np.ndarray | Tensor, before: int) -> np.ndarray:
-    """(n,) float32; ``before`` samples came earlier."""
-    array = samples.numpy() if isinstance(samples, Tensor) else np.asarray(samples)
-    if array.dtype == np.int16:
-        array = array.astype(np.float32) / 32768
-    elif array.dtype.kind != "f":
-        raise UserError(f"samples must be floats between -1 and 1 or 16-bit integers, got {array.dtype}")
-    if array.ndim not in (1, 2):
-        raise UserError(f"samples must be (n,) or (channels, n), got {array.shape}")
-    if not np.isfinite(array).all():
-        at = int(np.argmin(np.isfinite(array.reshape(-1, array.shape[-1])).all(0)))
-        raise UserError(f"sample {before + at} is NaN or infinite; the packet was not taken")
-    if array.ndim == 2:
-        array = array.mean(0, dtype=np.float32)
-    return array.astype(np.float32)
+        self._waiting = SampleQueue()
+        self._waiting.append(arrays["samples"])
+        if self.ready:
+            self._tell_ready(self)
 
 
 class SlotTable:
@@ -220,6 +207,7 @@ class SlotTable:
         self.chunk = max(1, round(chunk_ms / 1000 / task.token_s))
         self.encoder = StreamingEncoder(task, self.chunk).to(task.device).eval()
         self.sessions: dict[int, Session] = {}
+        self._ready: set[Session] = set()  # those that have a chunk
         self._step = TableStep(self.encoder, slots)
         self._fresh = {key: value[:1].clone() for key, value in self._step.state.items()}
         self._fingerprint: str | None = None
@@ -251,7 +239,13 @@ class SlotTable:
             raise UserError(f"all {self.slots} sessions are in use; try again later")
         lookahead_ms = self.task.lookahead_ms[self.task.eval_choice] if lookahead_ms is None else lookahead_ms
         session = Session(
-            self.encoder, slot, input_rate, lookahead_ms, decoder or GreedyCTC(), rules or EndpointRules()
+            self.encoder,
+            slot,
+            input_rate,
+            lookahead_ms,
+            decoder or GreedyCTC(),
+            rules or EndpointRules(),
+            self._ready.add,
         )
         self._write_row(slot, self._fresh)
         self.sessions[slot] = session
@@ -261,10 +255,11 @@ class SlotTable:
         """Forget a stream; its slot is free again."""
         if self.sessions.get(session.slot) is session:
             del self.sessions[session.slot]
+            self._ready.discard(session)
 
     def step(self) -> list[Session]:
         """Advance every session that has a chunk by one; gives these sessions."""
-        ready = [session for session in self.sessions.values() if session.ready]
+        ready = sorted(self._ready, key=lambda session: session.slot)
         if not ready:
             return []
         samples, about = self._step.samples, self._step.about
@@ -273,11 +268,19 @@ class SlotTable:
             frames = session.next_chunk(samples[session.slot])
             about[:, session.slot] = frames, session.position, session.total, session.choice
         encoded, log_probs = self._step()
-        read = {"log_probs": log_probs.cpu().numpy()}
-        if any(session.decoder.reads == "encoded" for session in ready):
-            read["encoded"] = encoded.cpu().numpy()
-        for session in ready:
-            session.take_chunk(read[session.decoder.reads][session.slot])
+        # What decoders read, for all rows at once.
+        for reads in {session.decoder.reads for session in ready}:
+            readers = [session for session in ready if session.decoder.reads == reads]
+            rows: Iterable[Any]
+            slots = [session.slot for session in readers]
+            if reads == "best":
+                values, ids = (x.cpu().numpy()[slots].tolist() for x in log_probs.max(-1))
+                rows = (list(zip(*row, strict=True)) for row in zip(ids, values, strict=True))
+            else:
+                rows = (encoded if reads == "encoded" else log_probs).cpu().numpy()[slots]
+            for session, row in zip(readers, rows, strict=True):
+                session.take_chunk(row)
+        self._ready.difference_update([session for session in ready if not session.ready])
         return ready
 
     def _write_row(self, slot: int, row: State) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import IO, Any, Literal
 
 from seqssm.errors import UserError
 from seqssm.tasks.decoding.emissions import Emission, emissions_of, plain
-from seqssm.tasks.decoding.words import Spelling, TimedToken, Word, timed_tokens, words
+from seqssm.tasks.decoding.words import TimedToken, Word, span, timed_tokens, words
 
 FORMATS = ("text", "json", "srt", "vtt")
 Format = Literal["text", "json", "srt", "vtt"]
@@ -41,6 +41,27 @@ class Result:
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
         return asdict(self)
+
+
+class _Partial(Result):
+    """A result whose words and tokens are found when somebody asks: most partial results are shown as text alone."""
+
+    def __init__(
+        self,
+        segment: int,
+        text: str,
+        stable: str,
+        times: tuple[float, float],
+        spelled: Callable[[], tuple[list[Word], list[TimedToken]]],
+    ) -> None:
+        known = {"segment": segment, "is_final": False, "text": text, "stable": stable}
+        self.__dict__.update(known, start_s=times[0], end_s=times[1], _spelled=spelled)
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in ("words", "tokens"):
+            raise AttributeError(name)
+        self.__dict__["words"], self.__dict__["tokens"] = self._spelled()
+        return self.__dict__[name]
 
 
 @dataclass(frozen=True)
@@ -75,7 +96,8 @@ class Segmenter:
         self._tokens, self._token_s, self._rules = list(tokens), token_s, rules
         self._segment = 0
         self._start = 0  # position where the open segment begins
-        self._open = Spelling(self._tokens, token_s)  # its stable emissions
+        self._open: list[Emission] = []  # its stable emissions
+        self._spelled = ""  # their text, with its spaces
         self._told = ("", "")
         self._seen: tuple[Any, ...] = ()  # what the last partial result was made of
 
@@ -84,14 +106,15 @@ class Segmenter:
         return {
             "segment": self._segment,
             "start": self._start,
-            "open": plain(self._open.emissions),
+            "open": plain(self._open),
             "told": list(self._told),
         }
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on from :meth:`state`."""
         self._segment, self._start = state["segment"], state["start"]
-        self._open = Spelling(self._tokens, self._token_s, emissions_of(state["open"]))
+        self._open = []
+        self._add(emissions_of(state["open"]))
         self._told = (state["told"][0], state["told"][1])
 
     def must_settle(self, stable: Sequence[Emission], partial: Sequence[Emission], position: int) -> bool:
@@ -100,15 +123,15 @@ class Segmenter:
 
     def advance(self, stable: Sequence[Emission], partial: Sequence[Emission], position: int) -> list[Result]:
         """Take the newly stable emissions and the unstable rest behind them, with ``position`` positions decoded."""
-        self._open.add(stable)
+        self._add(stable)
         results = []
         due, end_s = self._due(partial, position), position * self._token_s
         if due == "pause":
-            results += self._close(len(self._open.emissions), end_s)
+            results += self._close(len(self._open), end_s)
             self._start = position
         elif due == "length":
             count = self._whole_words()
-            rest = self._open.emissions[count:]
+            rest = self._open[count:]
             results += self._close(count, end_s)
             self._start = rest[0].frame if rest else position
         results += self._tell(partial, end_s)
@@ -116,16 +139,24 @@ class Segmenter:
 
     def finish(self, stable: Sequence[Emission], end_s: float) -> list[Result]:
         """The last result; no time in it lies behind ``end_s``."""
-        self._open.add(stable)
-        return self._close(len(self._open.emissions), end_s)
+        self._add(stable)
+        return self._close(len(self._open), end_s)
+
+    def _add(self, stable: Sequence[Emission]) -> None:
+        # A new list: partial results that were told keep theirs.
+        self._open = [*self._open, *stable]
+        self._spelled += self._raw(stable)
+
+    def _raw(self, emissions: Sequence[Emission]) -> str:
+        return "".join([self._tokens[one.id - 1] for one in emissions])
 
     def _text(self, emissions: Sequence[Emission]) -> str:
-        return " ".join("".join(self._tokens[one.id - 1] for one in emissions).split())
+        return " ".join(self._raw(emissions).split())
 
     def _due(self, partial: Sequence[Emission], position: int) -> Literal["pause", "length"] | None:
-        said = [*self._open.emissions, *partial]
-        has_text = any(self._tokens[one.id - 1].strip() for one in said)
-        last = max((one.frame for one in said), default=self._start - 1)
+        has_text = bool(self._spelled.strip() or self._raw(partial).strip())
+        said = partial or self._open[-1:]
+        last = said[-1].frame if said else self._start - 1
         silence = (position - 1 - last) * self._token_s
         rules = self._rules
         if silence >= rules.silence_s or (has_text and silence >= rules.after_text_s):
@@ -134,43 +165,45 @@ class Segmenter:
 
     def _whole_words(self) -> int:
         """Emissions in front of the last word that is begun; all where there is one word only."""
-        said = self._open.emissions
+        said = self._open
         for i in range(len(said) - 1, 0, -1):
             if self._tokens[said[i].id - 1].startswith(" ") and self._text(said[:i]):
                 return i
         return len(said)
 
     def _close(self, count: int, end_s: float) -> list[Result]:
-        said = self._open.emissions
-        taken, self._open = said[:count], Spelling(self._tokens, self._token_s, said[count:])
+        taken, rest = self._open[:count], self._open[count:]
+        self._open, self._spelled = [], ""
+        self._add(rest)
         self._told = ("", "")
         text = self._text(taken)
         if not text:
             return []
-        timed = timed_tokens(taken, self._tokens, self._token_s, end_s)
-        result = self._result(True, text, text, timed, words(taken, self._tokens, self._token_s, end_s), end_s)
+        result = self._result(taken, text, end_s)
         self._segment += 1
         return [result]
 
     def _tell(self, partial: Sequence[Emission], end_s: float) -> list[Result]:
         """The open segment's partial result, if it says something new."""
-        stable = self._open.emissions
-        seen = (self._segment, len(stable), *partial)
+        seen = (self._segment, len(self._open), *partial)
         if seen == self._seen:
             return []
         self._seen = seen
-        stable_text = self._text(stable)
-        text = self._text([*stable, *partial]) if partial else stable_text
-        if (text, stable_text) == self._told:
+        stable = " ".join(self._spelled.split())
+        text = " ".join((self._spelled + self._raw(partial)).split()) if partial else stable
+        if (text, stable) == self._told:
             return []
-        self._told = (text, stable_text)
-        return [self._result(False, text, stable_text, *self._open.spelled(partial, end_s), end_s)]
+        self._told = (text, stable)
+        said = [*self._open, *partial] if partial else self._open
+        about = said, self._tokens, self._token_s, end_s
+        times = span(*about) or (min(self._start * self._token_s, end_s),) * 2
+        return [_Partial(self._segment, text, stable, times, lambda: (words(*about), timed_tokens(*about)))]
 
-    def _result(
-        self, is_final: bool, text: str, stable: str, timed: list[TimedToken], said: list[Word], end_s: float
-    ) -> Result:
-        start_s = said[0].start_s if said else min(self._start * self._token_s, end_s)
-        return Result(self._segment, is_final, text, stable, start_s, said[-1].end_s if said else start_s, said, timed)
+    def _result(self, emissions: Sequence[Emission], text: str, end_s: float) -> Result:
+        """The final one, of some text."""
+        about = emissions, self._tokens, self._token_s, end_s
+        said = words(*about)
+        return Result(self._segment, True, text, text, said[0].start_s, said[-1].end_s, said, timed_tokens(*about))
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------

@@ -68,54 +68,28 @@ def words(
     Joined by spaces they are the decoded text, runs of spaces being one.
     """
     found: list[Word] = []
-    begun: list[TimedToken] = []
-    _spell(timed_tokens(emissions, tokens, token_s, duration_s), found, begun)
-    return found + _word(begun)
-
-
-class Spelling:
-    """:func:`timed_tokens` and :func:`words` of a text that grows: what is settled is not computed again.
-
-    Args:
-        tokens, token_s: as of :func:`timed_tokens`.
-        emissions: the text so far.
-    """
-
-    def __init__(self, tokens: Sequence[str], token_s: float, emissions: Sequence[Emission] = ()) -> None:
-        self._tokens, self._token_s = tokens, token_s
-        self.emissions = list(emissions)
-        # Of all emissions but the last, which the next one ends: their times, whole words, and what follows these.
-        self._timed: list[TimedToken] = []
-        self._words: list[Word] = []
-        self._begun: list[TimedToken] = []
-
-    def add(self, emissions: Sequence[Emission]) -> None:
-        """More of the text."""
-        self.emissions += emissions
-
-    def spelled(self, partial: Sequence[Emission], heard_s: float) -> tuple[list[TimedToken], list[Word]]:
-        """Tokens and words of the text and what may follow it, ``heard_s`` of the recording having been decoded."""
-        known = len(self._timed)
-        if len(self.emissions) > known + 1:
-            settled = timed_tokens(self.emissions[known:], self._tokens, self._token_s)[:-1]
-            _spell(settled, self._words, self._begun)
-            self._timed += settled
-            known = len(self._timed)
-        rest = timed_tokens([*self.emissions[known:], *partial], self._tokens, self._token_s, heard_s)
-        found, begun = self._words.copy(), self._begun.copy()
-        _spell(rest, found, begun)
-        return self._timed + rest, found + _word(begun)
-
-
-def _spell(timed: Sequence[TimedToken], found: list[Word], begun: list[TimedToken]) -> None:
-    """Go on with the words that are whole and with the parts of the one that is not."""
-    for token in timed:
+    spelled: list[TimedToken] = []
+    for token in timed_tokens(emissions, tokens, token_s, duration_s):
         first, *rest = token.text.split(" ")
         if first:
-            begun.append(_part(token, first))
+            spelled.append(_part(token, first))
         for part in rest:
-            found += _word(begun)
-            begun[:] = [_part(token, part)] if part else []
+            found += _word(spelled)
+            spelled = [_part(token, part)] if part else []
+    return found + _word(spelled)
+
+
+def span(
+    emissions: Sequence[Emission], tokens: Sequence[str], token_s: float, duration_s: float = math.inf
+) -> tuple[float, float] | None:
+    """When the first of `words` begins and the last one ends, without all that lies between; None without words."""
+    said = (i for i, one in enumerate(emissions) if tokens[one.id - 1].strip())
+    first = next(said, None)
+    if first is None:
+        return None
+    last = next(i for i in range(len(emissions) - 1, -1, -1) if tokens[emissions[i].id - 1].strip())
+    end = timed_tokens(emissions[last : last + 2], tokens, token_s, duration_s)[0].end_s
+    return min(emissions[first].frame * token_s, duration_s), end
 
 
 def _part(token: TimedToken, text: str) -> TimedToken:
