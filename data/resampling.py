@@ -71,9 +71,9 @@ class StreamingResampler:
         self._done = 0  # input samples whose output has been given
 
     def accept(self, samples: np.ndarray) -> np.ndarray:
-        """New output samples (m,), possibly none, for the next input samples (n,)."""
+        """New output samples (m,), possibly none, for the next input samples (n,); perhaps the same memory."""
         if self.source_rate == self.target_rate:
-            return samples.astype(np.float32)
+            return samples.astype(np.float32, copy=False)
         self._input = np.concatenate([self._input, samples.astype(np.float32)])
         end = self._first + len(self._input)
         out = []

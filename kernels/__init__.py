@@ -5,7 +5,7 @@ triton``: the attribute ``seqssm.kernels.selective_scan`` is the function.
 """
 
 from seqssm.kernels.causal_conv1d import causal_conv1d, causal_conv1d_step
-from seqssm.kernels.mamba_step import mamba_step
+from seqssm.kernels.mamba_step import mamba_chunk, mamba_step
 from seqssm.kernels.rms_norm import add_rms_norm
 from seqssm.kernels.selective_scan import selective_scan, selective_scan_step
 from seqssm.kernels.ssd import ssd, ssd_step
@@ -14,6 +14,7 @@ __all__ = [
     "add_rms_norm",
     "causal_conv1d",
     "causal_conv1d_step",
+    "mamba_chunk",
     "mamba_step",
     "selective_scan",
     "selective_scan_step",

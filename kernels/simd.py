@@ -277,16 +277,19 @@ def _bound(comparison: str) -> Any:
 at_least, at_most = _bound("<"), _bound(">")
 
 
+def _total(builder, x):
+    for half in (4, 2, 1):
+        lanes = [i + half if i < half else i for i in range(LANES)]
+        x = builder.fadd(x, builder.shuffle_vector(x, x, ir.Constant(_INTS, lanes)))
+    return builder.extract_element(x, ir.Constant(_INT, 0))
+
+
 @intrinsic
 def total(typingctx, x):
     """Sum of the lanes, in a fixed order: halves, then quarters, then neighbours."""
 
     def codegen(context, builder, sig, args):
-        x = args[0]
-        for half in (4, 2, 1):
-            lanes = [i + half if i < half else i for i in range(LANES)]
-            x = builder.fadd(x, builder.shuffle_vector(x, x, ir.Constant(_INTS, lanes)))
-        return builder.extract_element(x, ir.Constant(_INT, 0))
+        return _total(builder, args[0])
 
     return types.float32(vector), codegen
 
@@ -308,6 +311,64 @@ def add_totals(typingctx, pointer, index, a, b):
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, vector, vector), codegen
+
+
+def _products(tokens: int, rows: int) -> Any:
+    def typing(typingctx, out, out_by, weight, columns, x, by):
+        def codegen(context, builder, sig, args):
+            out, out_by, weight, columns, x, by = args
+            number = columns.type
+            mask = ir.VectorType(ir.IntType(1), LANES)
+            masked = cgutils.get_or_insert_function(
+                builder.module,
+                ir.FunctionType(_VECTOR, [_VECTOR.as_pointer(), _INT, mask, _VECTOR]),
+                "llvm.masked.load.v8f32.p0v8f32",
+            )
+            multiply_add = cgutils.get_or_insert_function(
+                builder.module, ir.FunctionType(_VECTOR, [_VECTOR] * 3), "llvm.fmuladd.v8f32"
+            )
+            sums = [[cgutils.alloca_once_value(builder, _constant(0.0)) for _ in range(rows)] for _ in range(tokens)]
+
+            def add(read):
+                weights = [read(weight, builder.mul(columns, number(i))) for i in range(rows)]
+                for t in range(tokens):
+                    value = read(x, builder.mul(by, number(t)))
+                    for i in range(rows):
+                        total = builder.call(multiply_add, [weights[i], value, builder.load(sums[t][i])])
+                        builder.store(total, sums[t][i])
+
+            def vector_at(pointer, index):
+                return builder.bitcast(_element(builder, pointer, index, _FLOAT), _VECTOR.as_pointer())
+
+            with cgutils.for_range(builder, builder.udiv(columns, number(LANES))) as loop:
+                start = builder.mul(loop.index, number(LANES))
+                add(lambda pointer, index: builder.load(vector_at(pointer, builder.add(index, start)), align=4))
+            rest = builder.urem(columns, number(LANES))
+            with builder.if_then(builder.icmp_unsigned("!=", rest, number(0))):
+                start = builder.sub(columns, rest)
+                undefined = ir.Constant(_INTS, ir.Undefined)
+                count = builder.insert_element(undefined, builder.trunc(rest, _INT), ir.Constant(_INT, 0))
+                count = builder.shuffle_vector(count, undefined, ir.Constant(_INTS, [0] * LANES))
+                inside = builder.icmp_unsigned("<", ir.Constant(_INTS, list(range(LANES))), count)
+                add(
+                    lambda pointer, index: builder.call(
+                        masked, [vector_at(pointer, builder.add(index, start)), _INT(4), inside, _constant(0.0)]
+                    )
+                )
+            for t in range(tokens):
+                for i in range(rows):
+                    index = builder.add(builder.mul(out_by, number(t)), number(i))
+                    builder.store(_total(builder, builder.load(sums[t][i])), _element(builder, out, index, _FLOAT))
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 6), codegen
+
+    return intrinsic(typing)
+
+
+# out, out_by, weight, columns, x, by -> out (tokens, rows) = x (tokens, columns) weight (rows, columns)^T, with as many
+# floats from one token to the next. The order of a sum does not depend on how many tokens and rows there are.
+product_4x2, product_4x1, product_1x4, product_1x1 = (_products(t, i) for t, i in ((4, 2), (4, 1), (1, 4), (1, 1)))
 
 
 @intrinsic

@@ -132,10 +132,11 @@ class Block(nn.Module):
 
     def forward(
         self, x: Tensor, added: Tensor | None, state: State | None, seq_idx: Tensor | None
-    ) -> tuple[Tensor, Tensor, State]:
+    ) -> tuple[Tensor, Tensor | None, State]:
         """Run the block on the residual stream x + ``added``.
 
-        The sum is left to the norm that reads it: what comes back is again the stream and what is to be added to it.
+        The sum is left to the norm that reads it: what comes back is again the stream and what is to be added to it, if
+        anything is.
         """
         recompute = self.recompute and torch.is_grad_enabled()
         if recompute and self.mlp is None and self.mixer.recomputes(x):
@@ -153,11 +154,17 @@ class Block(nn.Module):
 
     def _run(
         self, x: Tensor, added: Tensor | None, state: State | None, seq_idx: Tensor | None
-    ) -> tuple[Tensor, Tensor, State]:
+    ) -> tuple[Tensor, Tensor | None, State]:
         dtype = _product_dtype(x)
-        x, y = self.norm(x, added, strands=self.strands, dtype=dtype)
-        y, state = self.mixer(y, state, seq_idx=seq_idx)
-        y = self.dropout(y)
+        y: Tensor | None
+        inference = not self.training and not torch.is_grad_enabled()
+        if state is not None and inference and self.mixer.chunks(x):
+            x = x if added is None else (x + added).to(x.dtype)
+            (x, state), y = self.mixer.residual_chunk(x, self.norm, state, seq_idx), None
+        else:
+            x, y = self.norm(x, added, strands=self.strands, dtype=dtype)
+            y, state = self.mixer(y, state, seq_idx=seq_idx)
+            y = self.dropout(y)
         if self.mlp is not None:
             x, y = self.mlp_norm(x, y, strands=self.strands, dtype=dtype)
             y = self.dropout(per_strand(self.mlp, y, self.strands))
@@ -241,6 +248,10 @@ class Backbone(nn.Module):
             for i, block in enumerate(self.blocks)
             for key, value in block.mixer.init_state(batch, device, dtype).items()
         }
+
+    def rows_are_apart(self, x: Tensor) -> bool:
+        """Whether a row of the chunk x, run with a state and without gradients, gives the same bits in any batch."""
+        return all(block.mixer.chunks(x) and block.mlp is None for block in self.blocks)
 
     def forward(self, x: Tensor, state: State | None = None, *, seq_idx: Tensor | None = None) -> tuple[Tensor, State]:
         """Run a chunk, or a whole sequence.

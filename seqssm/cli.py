@@ -27,6 +27,7 @@ TOOLS = {
     "serve": "transcribe live clients over WebSockets, with a page for the microphone",
     "evaluate": "score a checkpoint on held-out data, with intervals, beside honest baselines",
     "plan": "predict the memory, speed and longest length of a training run",
+    "speech": "make an n-gram model of transcripts, or synthetic speech, for a recogniser",
     "checkpoints": "list the checkpoints that come with seqssm; export, import and describe them",
     "hub": "copy checkpoints to and from a hub repository",
     "bench": "time the kernels and models on this machine",

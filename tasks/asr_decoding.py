@@ -35,7 +35,7 @@ class DecodingConfig:
     """
 
     method: Method = "greedy"
-    size: int = 8
+    size: int = 16
     hotwords: list[str] = field(default_factory=list)
     hotword_boost: float = 1.0
     ngram: str | None = None

@@ -81,10 +81,12 @@ class Lookahead(nn.Module):
         self.out_proj = nn.Linear(d_model, d_model)
         reach = torch.arange(self.longest + 1) <= torch.tensor(self.menu)[:, None]  # (m, k)
         self.register_buffer("reach", reach[..., None].float(), persistent=False)
+        self.register_buffer("delays", torch.tensor(self.menu), persistent=False)
         taps = torch.randn(len(menu), self.longest + 1, d_model) / (1 + torch.tensor(self.menu)).sqrt()[:, None, None]
         self.taps = nn.Parameter(taps)
 
     reach: Tensor
+    delays: Tensor
 
     def init_state(self, batch: int) -> State:
         """Tokens before the first."""
@@ -110,8 +112,7 @@ class Lookahead(nn.Module):
         length, device = x.shape[1], x.device
         gated = torch.cat([state["gated"], self._gate(x, real)], dim=1)  # (b, longest + t, d)
         tokens = torch.cat([state["tokens"], x], dim=1)
-        delay = torch.tensor(self.menu, device=device)[choice]
-        first = (self.longest - delay)[:, None] + torch.arange(length, device=device)  # (b, t)
+        first = (self.longest - self.delays[choice])[:, None] + torch.arange(length, device=device)  # (b, t)
         # Windows that end before the last taps are filled up with any token: those taps are zero.
         index = (first[..., None] + torch.arange(self.longest + 1, device=device)).clamp(max=self.longest + length - 1)
         rows = torch.arange(len(x), device=device)

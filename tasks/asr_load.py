@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -34,7 +33,7 @@ def simulate_sessions(
         recordings: (n,) at ``input_rate``, which the clients send over and over, from random places on.
         input_rate: Hz.
         seconds: that each client speaks.
-        packet_ms: of a client's packets; clients do not send at the same time.
+        packet_ms: of a client's packets.
         lookahead_ms: of all sessions; that of validation by default.
         seed: of the places and times.
 
@@ -49,20 +48,23 @@ def simulate_sessions(
     sound = np.concatenate([sound, np.resize(sound, size)])
     sessions = [table.open(input_rate, lookahead_ms) for _ in range(table.slots)]
     places = rng.integers(length, size=table.slots)
-    begins = rng.uniform(0, packet_ms / 1000, size=table.slots)
-    packets = [(begin + size / input_rate, i, 1) for i, begin in enumerate(begins)]
-    heapq.heapify(packets)
     token_s = table.task.token_s
+    # People do not begin together: neither their packets nor their chunks are full at the same time.
+    begins = rng.uniform(0, max(packet_ms / 1000, table.chunk * token_s), size=table.slots)
+    rounds = -(-round(seconds * input_rate) // size)
+    arrivals = begins[:, None] + np.arange(1, rounds + 1) * size / input_rate
+    order = np.argsort(arrivals, axis=None)
+    packets = zip((order // rounds).tolist(), (order % rounds).tolist(), arrivals.ravel()[order].tolist(), strict=True)
+    coming = next(packets, None)
     latencies: list[NDArray[np.float64]] = []
     now, busy_s, steps = 0.0, 0.0, 0
     while True:
         begin = time.perf_counter()
-        while packets and packets[0][0] <= now:
-            arrival, i, count = heapq.heappop(packets)
-            first = (places[i] + (count - 1) * size) % length
+        while coming is not None and coming[2] <= now:
+            i, number, _ = coming
+            first = (places[i] + number * size) % length
             sessions[i].accept(sound[first : first + size])
-            if count * size < seconds * input_rate:
-                heapq.heappush(packets, (arrival + size / input_rate, i, count + 1))
+            coming = next(packets, None)
         advanced = table.step()
         took = time.perf_counter() - begin
         now, busy_s, steps = now + took, busy_s + took, steps + bool(advanced)
@@ -71,9 +73,9 @@ def simulate_sessions(
             read = np.arange(session.position - table.chunk, session.position)  # that the lookahead has reached
             latencies.append(now - begins[session.slot] - (read + 1) * token_s)
         if not advanced:
-            if not packets:
+            if coming is None:
                 break
-            now = max(now, packets[0][0])
+            now = max(now, coming[2])
     for session in sessions:
         table.close(session)
     values = 1000 * np.concatenate(latencies)

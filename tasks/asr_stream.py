@@ -3,111 +3,29 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
-from torch import Tensor, nn
+from torch import Tensor
 
-from seqssm.data.features import fbank
 from seqssm.data.resampling import StreamingResampler
 from seqssm.errors import UserError
 from seqssm.mixers import State
 from seqssm.streaming import fingerprint
+from seqssm.tasks.asr_encoder import OPEN_END, StreamingEncoder, TableStep
 from seqssm.tasks.asr_layers import SUBSAMPLING
 from seqssm.tasks.asr_network import ASRNetwork
 from seqssm.tasks.decoding.ctc import GreedyCTC
 from seqssm.tasks.decoding.emissions import Decoder
+from seqssm.tasks.packets import SampleQueue, mono
 from seqssm.tasks.transcripts import EndpointRules, Result, Segmenter
 
 SNAPSHOT_FORMAT = "seqssm-transcriber"
 SNAPSHOT_VERSION = 1
-STATE_PARTS = ("subsampling", "backbone", "lookahead", "upper")
-OPEN_END = 2**62
-"""Tokens of a stream that has not ended yet."""
-
-
-class StreamingEncoder(nn.Module):
-    """Chunks of samples to encoded tokens and CTC log-probabilities, for a table of streams with states.
-
-    The output lags behind the input by the lookahead. A row's output depends on that row alone.
-
-    Args:
-        task: in evaluation mode.
-        chunk: tokens a chunk.
-    """
-
-    def __init__(self, task: ASRNetwork, chunk: int) -> None:
-        super().__init__()
-        self.task, self.chunk = task, chunk
-        config = task.features
-        self.step_samples = chunk * SUBSAMPLING * config.hop_samples
-        self.span_samples = self.step_samples - config.hop_samples + config.frame_samples
-        # Where a lookahead is no multiple of the chunk, the upper layers begin in the middle of one.
-        self._ragged = any(delay % chunk for delay in task.lookahead.menu)
-        self.register_buffer("delays", torch.tensor(task.lookahead.menu), persistent=False)
-        self.train(task.training)
-
-    delays: Tensor
-
-    def init_state(self, batch: int) -> State:
-        """The state before the first sample."""
-        task = self.task
-        parts = (
-            task.subsampling.init_state(batch),
-            task.backbone.init_state(batch),
-            task.lookahead.init_state(batch),
-            {} if task.upper is None else task.upper.init_state(batch),
-        )
-        return {f"{name}.{k}": v for name, part in zip(STATE_PARTS, parts, strict=True) for k, v in part.items()}
-
-    @torch.no_grad()
-    def forward(
-        self, samples: Tensor, frames: Tensor, position: Tensor, total: Tensor, choice: Tensor, state: State
-    ) -> tuple[Tensor, Tensor, State]:
-        """Advance the rows whose ``position`` is not negative; the others keep their state.
-
-        Args:
-            samples: (b, span) at the model's rate.
-            frames: (b,) of them that are real; fewer than a chunk's at the end of a stream alone.
-            position: (b,) tokens read before; -1 for a row that waits.
-            total: (b,) tokens of the whole stream, ``OPEN_END`` until they are known.
-            choice: (b,) position in the task's ``lookahead_ms``.
-            state: what the previous chunk returned.
-
-        Returns:
-            encoded (b, c, d), log-probabilities (b, c, v) and the state. Column i is the token
-            ``position - lookahead + i``, if there is one.
-        """
-        task, device = self.task, samples.device
-        stem, below, ahead, above = (
-            {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
-            for name in STATE_PARTS
-        )
-        features = fbank(samples, task.features)
-        padding = torch.arange(features.shape[1], device=device) >= frames[:, None]
-        x, stem = task.subsampling(features.masked_fill(padding[..., None], 0), stem)
-        x, below = task.backbone(x, below)
-        column = torch.arange(self.chunk, device=device)
-        y, ahead = task.lookahead.advance(x, choice, position[:, None] + column < total[:, None], ahead)
-        if task.upper is not None:
-            index = position[:, None] - self.delays[choice][:, None] + column  # (b, c) tokens
-            begun = (index >= 0).to(torch.int32) if self._ragged else None
-            y, above = task.upper(y, above, seq_idx=begun)
-            above = _keep(index[:, -1] < 0, state, above, "upper.")
-        parts = (stem, below, ahead, above)
-        new_state = {f"{name}.{k}": v for name, part in zip(STATE_PARTS, parts, strict=True) for k, v in part.items()}
-        return y, task.score(y), _keep(position < 0, state, new_state, "")
-
-
-def _keep(rows: Tensor, old: State, new: State, prefix: str) -> State:
-    """The new state, but the old one in these rows."""
-    return {
-        key: torch.where(rows.view(-1, *(1,) * (value.dim() - 1)), old[prefix + key], value)
-        for key, value in new.items()
-    }
 
 
 class Session:
@@ -128,16 +46,17 @@ class Session:
         lookahead_ms: int,
         decoder: Decoder,
         rules: EndpointRules,
+        tell_ready: Callable[[Session], object],
     ) -> None:
         task = encoder.task
+        self._tell_ready = tell_ready
         self._encoder, self.slot, self.input_rate, self.lookahead_ms = encoder, slot, input_rate, lookahead_ms
         self.choice = task.menu_position(lookahead_ms)
         self.delay = task.lookahead.menu[self.choice]
         self._resampler = StreamingResampler(input_rate, task.features.sample_rate)
         self.decoder = decoder
         self._segmenter = Segmenter(task.tokenizer.tokens, task.token_s, rules)
-        self._packets: list[np.ndarray] = []  # resampled, not yet part of a chunk
-        self._waiting = 0  # samples in them
+        self._waiting = SampleQueue()  # resampled, not yet read
         self._accepted = 0  # samples that came in
         self._resampled = 0
         self.position = 0  # tokens that the model has read
@@ -148,7 +67,7 @@ class Session:
     @property
     def waiting_s(self) -> float:
         """Seconds of sound that the model has not read yet."""
-        return self._waiting / self._encoder.task.features.sample_rate
+        return len(self._waiting) / self._encoder.task.features.sample_rate
 
     @property
     def accepted_s(self) -> float:
@@ -164,15 +83,15 @@ class Session:
         """
         if self.ended:
             raise ValueError("the stream has ended with finish()")
-        packet = self._resampler.accept(_mono(samples, self._accepted))
+        packet = self._resampler.accept(mono(samples, self._accepted))
         self._accepted += np.shape(samples)[-1]
         self._append(packet)
 
     def _append(self, packet: np.ndarray) -> None:
-        if len(packet):
-            self._packets.append(packet)
-            self._waiting += len(packet)
-            self._resampled += len(packet)
+        self._waiting.append(packet)
+        self._resampled += len(packet)
+        if len(self._waiting) >= self._encoder.span_samples:
+            self._tell_ready(self)
 
     def finish(self) -> None:
         """The stream has ended: what is still inside the model will come out."""
@@ -182,7 +101,9 @@ class Session:
         self.ended = True
         frames = self._encoder.task.features.frames(self._resampled)
         self.total = -(-frames // SUBSAMPLING)
-        if not self.total:
+        if self.total:
+            self._tell_ready(self)
+        else:
             self._close()
 
     def take(self) -> list[Result]:
@@ -195,25 +116,23 @@ class Session:
     @property
     def ready(self) -> bool:
         """Whether the model can read a chunk."""
-        return not self.done and (self.ended or self._waiting >= self._encoder.span_samples)
+        return not self.done and (self.ended or len(self._waiting) >= self._encoder.span_samples)
 
     def next_chunk(self, row: np.ndarray) -> int:
         """Write the next chunk's samples into row (span,), zero behind the end; gives the number of real frames."""
         encoder = self._encoder
-        self._packets = [np.concatenate(self._packets)] if len(self._packets) > 1 else self._packets
-        samples = self._packets[0] if self._packets else np.zeros(0, np.float32)
-        count = min(len(samples), encoder.span_samples)
-        row[:count], row[count:] = samples[:count], 0
-        rest = samples[encoder.step_samples :]
-        self._packets, self._waiting = ([rest] if len(rest) else []), len(rest)
+        samples = self._waiting.samples[: encoder.span_samples]
+        row[: len(samples)] = samples
+        row[len(samples) :] = 0
+        self._waiting.drop(encoder.step_samples)
         frames = encoder.chunk * SUBSAMPLING
         if not self.ended:
             return frames
         left = encoder.task.features.frames(self._resampled) - self.position * SUBSAMPLING
         return min(max(left, 0), frames)
 
-    def take_chunk(self, rows: Tensor) -> None:
-        """What the model made of the chunk, (c, ...), goes to the decoder."""
+    def take_chunk(self, rows: Any) -> None:
+        """What the model made of the chunk, c frames as the decoder reads them, goes to the decoder."""
         first = self.position - self.delay
         self.position += self._encoder.chunk
         last = min(self.position - self.delay, self.total)
@@ -247,8 +166,7 @@ class Session:
             "segmenter": self._segmenter.state(),
             "resampler": {key: value for key, value in resampler.items() if key != "input"},
         }
-        samples = np.concatenate(self._packets) if self._packets else np.zeros(0, np.float32)
-        return plain, {"samples": samples, "input": np.asarray(resampler["input"], np.float32)}
+        return plain, {"samples": self._waiting.samples, "input": np.asarray(resampler["input"], np.float32)}
 
     def load(self, plain: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
         """Go on from :meth:`state`."""
@@ -258,25 +176,10 @@ class Session:
         self.decoder.load(plain["decoder"])
         self._segmenter.load(plain["segmenter"])
         self._resampler.restore({**plain["resampler"], "input": arrays["input"]})
-        self._packets = [arrays["samples"].copy()] if len(arrays["samples"]) else []
-        self._waiting = len(arrays["samples"])
-
-
-def _mono(samples: np.ndarray | Tensor, before: int) -> np.ndarray:
-    """(n,) float32; ``before`` samples came earlier."""
-    array = samples.numpy() if isinstance(samples, Tensor) else np.asarray(samples)
-    if array.dtype == np.int16:
-        array = array.astype(np.float32) / 32768
-    elif array.dtype.kind != "f":
-        raise UserError(f"samples must be floats between -1 and 1 or 16-bit integers, got {array.dtype}")
-    if array.ndim not in (1, 2):
-        raise UserError(f"samples must be (n,) or (channels, n), got {array.shape}")
-    if not np.isfinite(array).all():
-        at = int(np.argmin(np.isfinite(array.reshape(-1, array.shape[-1])).all(0)))
-        raise UserError(f"sample {before + at} is NaN or infinite; the packet was not taken")
-    if array.ndim == 2:
-        array = array.mean(0, dtype=np.float32)
-    return array.astype(np.float32)
+        self._waiting = SampleQueue()
+        self._waiting.append(arrays["samples"])
+        if self.ready:
+            self._tell_ready(self)
 
 
 class SlotTable:
@@ -304,9 +207,9 @@ class SlotTable:
         self.chunk = max(1, round(chunk_ms / 1000 / task.token_s))
         self.encoder = StreamingEncoder(task, self.chunk).to(task.device).eval()
         self.sessions: dict[int, Session] = {}
-        self._state = self.encoder.init_state(slots)
-        self._fresh = {key: value[:1].clone() for key, value in self._state.items()}
-        self._samples = np.zeros((slots, self.encoder.span_samples), np.float32)
+        self._ready: set[Session] = set()  # those that have a chunk
+        self._step = TableStep(self.encoder, slots)
+        self._fresh = {key: value[:1].clone() for key, value in self._step.state.items()}
         self._fingerprint: str | None = None
 
     @property
@@ -336,7 +239,13 @@ class SlotTable:
             raise UserError(f"all {self.slots} sessions are in use; try again later")
         lookahead_ms = self.task.lookahead_ms[self.task.eval_choice] if lookahead_ms is None else lookahead_ms
         session = Session(
-            self.encoder, slot, input_rate, lookahead_ms, decoder or GreedyCTC(), rules or EndpointRules()
+            self.encoder,
+            slot,
+            input_rate,
+            lookahead_ms,
+            decoder or GreedyCTC(),
+            rules or EndpointRules(),
+            self._ready.add,
         )
         self._write_row(slot, self._fresh)
         self.sessions[slot] = session
@@ -346,31 +255,37 @@ class SlotTable:
         """Forget a stream; its slot is free again."""
         if self.sessions.get(session.slot) is session:
             del self.sessions[session.slot]
+            self._ready.discard(session)
 
     def step(self) -> list[Session]:
         """Advance every session that has a chunk by one; gives these sessions."""
-        ready = [session for session in self.sessions.values() if session.ready]
+        ready = sorted(self._ready, key=lambda session: session.slot)
         if not ready:
             return []
-        # frames, position, total and choice of each row; one that waits has position -1
-        about = np.tile(np.array([[0], [-1], [0], [0]], np.int64), self.slots)
+        samples, about = self._step.samples, self._step.about
+        about[:] = [[0], [-1], [0], [0]]  # nobody is there
         for session in ready:
-            frames = session.next_chunk(self._samples[session.slot])
+            frames = session.next_chunk(samples[session.slot])
             about[:, session.slot] = frames, session.position, session.total, session.choice
-        device = self.task.device
-        frames, position, total, choice = torch.from_numpy(about).to(device)
-        samples = torch.from_numpy(self._samples).to(device)
-        encoded, log_probs, self._state = self.encoder(samples, frames, position, total, choice, self._state)
-        read = {"log_probs": log_probs.cpu()}
-        if any(session.decoder.reads == "encoded" for session in ready):
-            read["encoded"] = encoded.cpu()
-        for session in ready:
-            session.take_chunk(read[session.decoder.reads][session.slot])
+        encoded, log_probs = self._step()
+        # What decoders read, for all rows at once.
+        for reads in {session.decoder.reads for session in ready}:
+            readers = [session for session in ready if session.decoder.reads == reads]
+            rows: Iterable[Any]
+            slots = [session.slot for session in readers]
+            if reads == "best":
+                values, ids = (x.cpu().numpy()[slots].tolist() for x in log_probs.max(-1))
+                rows = (list(zip(*row, strict=True)) for row in zip(ids, values, strict=True))
+            else:
+                rows = (encoded if reads == "encoded" else log_probs).cpu().numpy()[slots]
+            for session, row in zip(readers, rows, strict=True):
+                session.take_chunk(row)
+        self._ready.difference_update([session for session in ready if not session.ready])
         return ready
 
     def _write_row(self, slot: int, row: State) -> None:
         for key, value in row.items():
-            self._state[key][slot : slot + 1] = value.to(self._state[key].device)
+            self._step.state[key][slot : slot + 1] = value
 
     # ---- to another process ------------------------------------------------------------------------------------------
 
@@ -381,7 +296,7 @@ class SlotTable:
         """
         plain, arrays = session.state()
         about = {**self._settings(session), "session": json.dumps(plain)}
-        tensors = {f"state/{key}": value[session.slot : session.slot + 1] for key, value in self._state.items()}
+        tensors = {f"state/{key}": value[session.slot : session.slot + 1] for key, value in self._step.state.items()}
         tensors |= {key: torch.from_numpy(value.copy()) for key, value in arrays.items()}
         return save({key: value.cpu().contiguous().clone() for key, value in tensors.items()}, metadata=about)
 
@@ -400,7 +315,7 @@ class SlotTable:
             plain = json.loads(about["session"])
         except (SafetensorError, ValueError) as error:
             raise UserError(f"the snapshot is damaged ({error}); take a new one") from error
-        self._write_row(session.slot, {key: tensors[f"state/{key}"] for key in self._state})
+        self._write_row(session.slot, {key: tensors[f"state/{key}"] for key in self._step.state})
         session.load(plain, {key: tensors[key].numpy() for key in ("samples", "input")})
 
     def _settings(self, session: Session) -> dict[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,12 @@ def export(
         config["storage"] = description["storage"]
     if notes is None and (folder / hub.NOTES).is_file():
         notes = (folder / hub.NOTES).read_text(encoding="utf-8")
-    return hub.save(folder, config, weights, metrics=metrics, notes=notes)
+    ngram = None if Path(checkpoint).is_file() else hub.find_ngram(hub.resolve(checkpoint))
+    content = None if ngram is None else Path(ngram.pop("path")).read_bytes()  # the folder may be the same
+    hub.save(folder, config, weights, metrics=metrics, notes=notes)
+    if ngram is not None and content is not None:
+        hub.add_ngram(folder, content, **ngram)
+    return folder
 
 
 def _network(loaded: Loaded, name: str) -> dict[str, Any] | None:
@@ -103,6 +108,43 @@ def _halved(network: Network, tolerance: float) -> tuple[dict[str, Tensor], dict
     return weights, {"dtype": "float16", "largest_change": change, "outputs": before.numel()}
 
 
+def mean(checkpoints: Sequence[str | Path], path: str | Path) -> Path:
+    """Write the mean of several checkpoints' weights as a Lightning ``.ckpt``, which may be better than each.
+
+    Runs that began from the same weights lie close enough for it (Wortsman et al., 2022, "model soups").
+
+    Args:
+        checkpoints: of the same model; settings of training may differ, and the first one's are kept.
+        path: the ``.ckpt`` to write.
+
+    Raises:
+        UserError: one cannot be read, or they are not of the same model.
+    """
+    first, *others = [read_checkpoint(one) for one in checkpoints]
+    training = set((first.description.get("network") or {}).get("training_args", ()))
+    weights = {key: value.double() if value.is_floating_point() else value for key, value in first.weights.items()}
+    for name, other in zip(checkpoints[1:], others, strict=True):
+        different = [
+            key
+            for key, value in first.description["init_args"].items()
+            if key not in training and other.description["init_args"].get(key) != value
+        ]
+        if other.description["task"] != first.description["task"] or other.weights.keys() != weights.keys():
+            raise UserError(f"{name} is another model than {checkpoints[0]}: a mean needs the same one")
+        # Dropout and the like change nothing of what a weight means.
+        shapes = [key for key, value in other.weights.items() if value.shape != weights[key].shape]
+        if shapes or {"tokenizer", "labels", "features"} & set(different):
+            what = shapes[0] if shapes else next(key for key in ("tokenizer", "labels", "features") if key in different)
+            raise UserError(f"{name} has another {what} than {checkpoints[0]}: a mean needs the same model")
+        for key, value in other.weights.items():
+            if value.is_floating_point():
+                weights[key] = weights[key] + value.double()
+    for key, value in weights.items():
+        if value.is_floating_point():
+            weights[key] = (value / len(checkpoints)).to(first.weights[key].dtype)
+    return _write_lightning(Loaded(first.description, weights, first.data), Path(path))
+
+
 def to_lightning(checkpoint: str | Path, path: str | Path) -> Path:
     """Write any checkpoint as a Lightning ``.ckpt`` that ``init_from``, evaluation and ``load_from_checkpoint`` take.
 
@@ -111,9 +153,12 @@ def to_lightning(checkpoint: str | Path, path: str | Path) -> Path:
     Raises:
         UserError: the checkpoint cannot be read, or the file cannot be written.
     """
+    return _write_lightning(read_checkpoint(checkpoint), Path(path))
+
+
+def _write_lightning(loaded: Loaded, path: Path) -> Path:
     import lightning.pytorch as pl
 
-    loaded, path = read_checkpoint(checkpoint), Path(path)
     about = loaded.description
     description = {key: about[key] for key in ("version", "task", "init_args", "network", *TRAINING) if key in about}
     content = {

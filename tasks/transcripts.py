@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import IO, Any, Literal
 
 from seqssm.errors import UserError
 from seqssm.tasks.decoding.emissions import Emission, emissions_of, plain
-from seqssm.tasks.decoding.words import TimedToken, Word, timed_tokens, words
+from seqssm.tasks.decoding.words import TimedToken, Word, span, timed_tokens, words
 
 FORMATS = ("text", "json", "srt", "vtt")
 Format = Literal["text", "json", "srt", "vtt"]
@@ -41,6 +41,27 @@ class Result:
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
         return asdict(self)
+
+
+class _Partial(Result):
+    """A result whose words and tokens are found when somebody asks: most partial results are shown as text alone."""
+
+    def __init__(
+        self,
+        segment: int,
+        text: str,
+        stable: str,
+        times: tuple[float, float],
+        spelled: Callable[[], tuple[list[Word], list[TimedToken]]],
+    ) -> None:
+        known = {"segment": segment, "is_final": False, "text": text, "stable": stable}
+        self.__dict__.update(known, start_s=times[0], end_s=times[1], _spelled=spelled)
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in ("words", "tokens"):
+            raise AttributeError(name)
+        self.__dict__["words"], self.__dict__["tokens"] = self._spelled()
+        return self.__dict__[name]
 
 
 @dataclass(frozen=True)
@@ -76,6 +97,7 @@ class Segmenter:
         self._segment = 0
         self._start = 0  # position where the open segment begins
         self._open: list[Emission] = []  # its stable emissions
+        self._spelled = ""  # their text, with its spaces
         self._told = ("", "")
         self._seen: tuple[Any, ...] = ()  # what the last partial result was made of
 
@@ -91,7 +113,8 @@ class Segmenter:
     def load(self, state: dict[str, Any]) -> None:
         """Go on from :meth:`state`."""
         self._segment, self._start = state["segment"], state["start"]
-        self._open = emissions_of(state["open"])
+        self._open = []
+        self._add(emissions_of(state["open"]))
         self._told = (state["told"][0], state["told"][1])
 
     def must_settle(self, stable: Sequence[Emission], partial: Sequence[Emission], position: int) -> bool:
@@ -100,7 +123,7 @@ class Segmenter:
 
     def advance(self, stable: Sequence[Emission], partial: Sequence[Emission], position: int) -> list[Result]:
         """Take the newly stable emissions and the unstable rest behind them, with ``position`` positions decoded."""
-        self._open += stable
+        self._add(stable)
         results = []
         due, end_s = self._due(partial, position), position * self._token_s
         if due == "pause":
@@ -116,16 +139,24 @@ class Segmenter:
 
     def finish(self, stable: Sequence[Emission], end_s: float) -> list[Result]:
         """The last result; no time in it lies behind ``end_s``."""
-        self._open += stable
+        self._add(stable)
         return self._close(len(self._open), end_s)
 
+    def _add(self, stable: Sequence[Emission]) -> None:
+        # A new list: partial results that were told keep theirs.
+        self._open = [*self._open, *stable]
+        self._spelled += self._raw(stable)
+
+    def _raw(self, emissions: Sequence[Emission]) -> str:
+        return "".join([self._tokens[one.id - 1] for one in emissions])
+
     def _text(self, emissions: Sequence[Emission]) -> str:
-        return " ".join("".join(self._tokens[one.id - 1] for one in emissions).split())
+        return " ".join(self._raw(emissions).split())
 
     def _due(self, partial: Sequence[Emission], position: int) -> Literal["pause", "length"] | None:
-        said = [*self._open, *partial]
-        has_text = any(self._tokens[one.id - 1].strip() for one in said)
-        last = max((one.frame for one in said), default=self._start - 1)
+        has_text = bool(self._spelled.strip() or self._raw(partial).strip())
+        said = partial or self._open[-1:]
+        last = said[-1].frame if said else self._start - 1
         silence = (position - 1 - last) * self._token_s
         rules = self._rules
         if silence >= rules.silence_s or (has_text and silence >= rules.after_text_s):
@@ -134,17 +165,21 @@ class Segmenter:
 
     def _whole_words(self) -> int:
         """Emissions in front of the last word that is begun; all where there is one word only."""
-        for i in range(len(self._open) - 1, 0, -1):
-            if self._tokens[self._open[i].id - 1].startswith(" ") and self._text(self._open[:i]):
+        said = self._open
+        for i in range(len(said) - 1, 0, -1):
+            if self._tokens[said[i].id - 1].startswith(" ") and self._text(said[:i]):
                 return i
-        return len(self._open)
+        return len(said)
 
     def _close(self, count: int, end_s: float) -> list[Result]:
-        taken, self._open = self._open[:count], self._open[count:]
+        taken, rest = self._open[:count], self._open[count:]
+        self._open, self._spelled = [], ""
+        self._add(rest)
         self._told = ("", "")
-        if not self._text(taken):
+        text = self._text(taken)
+        if not text:
             return []
-        result = self._result(taken, len(taken), True, end_s)
+        result = self._result(taken, text, end_s)
         self._segment += 1
         return [result]
 
@@ -154,25 +189,21 @@ class Segmenter:
         if seen == self._seen:
             return []
         self._seen = seen
-        result = self._result([*self._open, *partial], len(self._open), False, end_s)
-        if (result.text, result.stable) == self._told:
+        stable = " ".join(self._spelled.split())
+        text = " ".join((self._spelled + self._raw(partial)).split()) if partial else stable
+        if (text, stable) == self._told:
             return []
-        self._told = (result.text, result.stable)
-        return [result]
+        self._told = (text, stable)
+        said = [*self._open, *partial] if partial else self._open
+        about = said, self._tokens, self._token_s, end_s
+        times = span(*about) or (min(self._start * self._token_s, end_s),) * 2
+        return [_Partial(self._segment, text, stable, times, lambda: (words(*about), timed_tokens(*about)))]
 
-    def _result(self, emissions: Sequence[Emission], stable: int, is_final: bool, end_s: float) -> Result:
-        said = words(emissions, self._tokens, self._token_s, end_s)
-        start_s = said[0].start_s if said else min(self._start * self._token_s, end_s)
-        return Result(
-            self._segment,
-            is_final,
-            self._text(emissions),
-            self._text(emissions[:stable]),
-            start_s,
-            said[-1].end_s if said else start_s,
-            said,
-            timed_tokens(emissions, self._tokens, self._token_s, end_s),
-        )
+    def _result(self, emissions: Sequence[Emission], text: str, end_s: float) -> Result:
+        """The final one, of some text."""
+        about = emissions, self._tokens, self._token_s, end_s
+        said = words(*about)
+        return Result(self._segment, True, text, text, said[0].start_s, said[-1].end_s, said, timed_tokens(*about))
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------

@@ -35,6 +35,8 @@ class LiveAudio:
     Attributes:
         rate, channels: of the samples.
         repaired: samples so far that were NaN or infinite, and were taken for silence.
+        left_over: bytes at the end that made no whole sample.
+        missing: bytes that did not come although a WAV header says so.
 
     Raises:
         UserError: no bytes, a damaged header, an unknown encoding, or raw PCM without a rate.
@@ -54,7 +56,7 @@ class LiveAudio:
         self._stream: Any = stream
         self._head = b""  # read already, not yet given out
         self._left: int | None = None  # bytes of sound that the header promises
-        self.repaired = 0
+        self.repaired = self.left_over = self.missing = 0
         self._fill(12)
         if not self._head:
             raise UserError(f"{name} has no samples: nothing came before it ended")
@@ -137,7 +139,7 @@ class LiveAudio:
             else:
                 data = self._receive(size)
             if not data:
-                return
+                break
             if self._left is not None:
                 self._left -= len(data)
             waiting += data
@@ -145,6 +147,22 @@ class LiveAudio:
             if whole:
                 yield self._samples(waiting[:whole])
                 waiting = waiting[whole:]
+        self.left_over = len(waiting)
+        self.missing = self._left or 0
+
+    def complaints(self) -> list[str]:
+        """What was wrong with the stream, in sentences without a full stop; once it has ended."""
+        said = []
+        if self.repaired:
+            said.append(f"{self.repaired:,} samples were NaN or infinite, and taken for silence")
+        if self.left_over:
+            said.append(
+                f"it ended within a sample, {self.left_over} bytes of which were left out; are --channels and "
+                "--encoding right?"
+            )
+        if self.missing:
+            said.append(f"it ended {self.missing:,} bytes before the end that its WAV header tells")
+        return said
 
     def _samples(self, data: bytes) -> np.ndarray:
         if self.encoding == "s24le":

@@ -41,9 +41,11 @@ def open_audio(source: str | Path | IO[bytes]) -> Any:
     """A `soundfile.SoundFile` to read in order, whose rate has been checked; raises UserError naming the file."""
     import soundfile
 
-    name = getattr(source, "name", source)
+    name = source if isinstance(source, str | Path) else getattr(source, "name", source)
     if isinstance(source, str | Path) and not Path(source).exists():
         raise UserError(f"{source} does not exist: correct the path")
+    if isinstance(source, str | Path) and Path(source).is_dir():
+        raise UserError(f"{source} is a folder: give the audio files in it")
     try:
         file = _sequential_file()(str(source) if isinstance(source, Path) else source)
     except (soundfile.LibsndfileError, TypeError, OSError) as error:
@@ -109,7 +111,7 @@ def blocks(source: str | Path | IO[bytes], seconds: float = 10.0) -> Iterator[tu
 
     Raises UserError as `read_audio`.
     """
-    name = getattr(source, "name", source)
+    name = source if isinstance(source, str | Path) else getattr(source, "name", source)
     with open_audio(source) as file:
         size, seen = max(1, round(seconds * file.samplerate)), 0
         while True:

@@ -28,6 +28,7 @@ from seqssm.data.speech.manifests import (
 )
 from seqssm.data.speech.report import SpeechReport
 from seqssm.data.speech.sampling import OrderedBatches, SplitUtterances, TrainingBatches
+from seqssm.data.speech.sayable import sayable
 from seqssm.data.speech.splits import SpeechSplitPlan, split_utterances
 from seqssm.data.speech.text import TextConfig
 from seqssm.data.speech.tokenizers import (
@@ -198,46 +199,14 @@ class SpeechDataModule(RecordingsDataModule[SplitUtterances, TrainingBatches, Sp
             self._listing = listing
         return self._listing
 
-    def _sayable(self) -> list[Utterance]:
-        """The utterances whose text the tokens can spell, and that have one."""
-        utterances, unknown = self._listed().utterances, self.tokenizer.unknown
-        strange: Counter[str] = Counter()  # characters outside the vocabulary
-        odd = []
-        for one in utterances:
-            if found := unknown(one.text):
-                strange.update(found)
-                odd.append(one)
-        if odd and self.text.unknown == "error" and not self.settings["skip_bad"]:
-            named = ", ".join(f"{character!r} ({count})" for character, count in sorted(strange.items())[:20])
-            raise UserError(
-                f"{odd[0].where} ({odd[0].text!r}): characters outside the vocabulary of {self.tokenizer.size} tokens: "
-                f"{named}; set text.unknown to remove, add them to text.characters, or rewrite them by text.replace"
-            )
-        if odd and self.text.unknown == "error":
-            gone = set(map(id, odd))
-            self._left_out["utterances with unknown characters"] += len(odd)
-            utterances = [one for one in utterances if id(one) not in gone]
-        elif odd:
-            without = str.maketrans(dict.fromkeys(strange, ""))
-            utterances = [replace(one, text=" ".join(one.text.translate(without).split())) for one in utterances]
-        return self._with_text(utterances)
-
-    def _with_text(self, utterances: list[Utterance]) -> list[Utterance]:
-        empty = [one for one in utterances if not one.text]
-        if not empty or self.settings["empty_text"] == "keep":
-            return utterances
-        if self.settings["empty_text"] == "error" and not self.settings["skip_bad"]:
-            raise UserError(
-                f"{empty[0].where}: the transcript {empty[0].written!r} is empty once normalised ({len(empty)} such): "
-                "correct it, or set empty_text to drop or keep"
-            )
-        self._left_out["utterances without text"] += len(empty)
-        return [one for one in utterances if one.text]
-
     def _divided(self) -> dict[str, SplitUtterances]:
         if self._splits:
             return self._splits
-        settings, utterances = self.settings, self._sayable()
+        settings = self.settings
+        utterances, without = sayable(
+            self._listed().utterances, self.tokenizer, self.text, settings["empty_text"], settings["skip_bad"]
+        )
+        self._left_out.update(without)
         missing = missing_recordings(utterances)
         if missing and not settings["skip_bad"]:
             raise missing_recordings_error(missing, self.path)

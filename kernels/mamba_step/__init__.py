@@ -1,5 +1,5 @@
-"""One token through a whole Mamba layer: ``mamba_step``."""
+"""One token, or a few, through a whole Mamba layer: ``mamba_step`` and ``mamba_chunk``."""
 
-from seqssm.kernels.mamba_step.op import mamba_step
+from seqssm.kernels.mamba_step.op import mamba_chunk, mamba_step
 
-__all__ = ["mamba_step"]
+__all__ = ["mamba_chunk", "mamba_step"]

@@ -1,4 +1,4 @@
-"""The layer as in the paper, for one token: the oracle of the tests."""
+"""The layer as in the paper, a token at a time: the oracle of the tests."""
 
 import torch
 import torch.nn.functional as F
@@ -44,3 +44,18 @@ def mamba_step(
     scan_state.copy_(h)
     y = (h * C.unsqueeze(1)).sum(-1) + D.to(wide) * u
     return (stream + F.linear(y * F.silu(z), out_proj.to(wide), w(out_bias))).to(x.dtype)
+
+
+def mamba_chunk(
+    x: Tensor, conv_state: Tensor, scan_state: Tensor, *layer: Tensor | float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`mamba_step` of each token in turn, on states of its own; ``layer`` ends with seq_idx (b, l) or None."""
+    *weights, seq_idx = layer
+    conv_state, scan_state = conv_state.clone(), scan_state.clone()
+    out = []
+    for t, token in enumerate(x.unbind(1)):
+        if t > 0 and isinstance(seq_idx, Tensor):
+            new = (seq_idx[:, t] != seq_idx[:, t - 1])[:, None, None]
+            conv_state, scan_state = conv_state.masked_fill(new, 0), scan_state.masked_fill(new, 0)
+        out.append(mamba_step(token, conv_state, scan_state, *weights))  # type: ignore[arg-type]
+    return torch.stack(out, dim=1), conv_state, scan_state

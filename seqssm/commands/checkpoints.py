@@ -16,7 +16,7 @@ from seqssm.files import atomic_write
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON, not a table")
-    actions = parser.add_subparsers(dest="action", metavar="{export,import,card}")
+    actions = parser.add_subparsers(dest="action", metavar="{export,import,mean,card,ngram}")
     export = actions.add_parser("export", help="write a checkpoint as a folder in hub format")
     export.add_argument("checkpoint", help="a Lightning .ckpt, a folder in hub format, or a shipped name")
     export.add_argument("folder", type=Path, help="to write; a checkpoint there is replaced, its card.yaml kept")
@@ -29,13 +29,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     back = actions.add_parser("import", help="write a checkpoint as a Lightning .ckpt, without an optimizer")
     back.add_argument("checkpoint", help="a folder in hub format or a shipped name")
     back.add_argument("path", type=Path, help="the .ckpt to write")
+    mean = actions.add_parser("mean", help="write the mean of the weights of runs that began from the same ones")
+    mean.add_argument("checkpoints", nargs="+", help="two or more: a Lightning .ckpt, a folder, or a shipped name")
+    mean.add_argument("path", type=Path, help="the .ckpt to write")
     card = actions.add_parser("card", help="make a folder's README.md of its metrics.json, card.yaml and config.json")
     card.add_argument("folder", type=Path, help="a checkpoint in hub format")
     card.add_argument("--check", action="store_true", help="only say whether README.md is what it should be")
+    ngram = actions.add_parser("ngram", help="give a recogniser's folder an n-gram model for its beam searches")
+    ngram.add_argument("folder", type=Path, help="a checkpoint in hub format")
+    ngram.add_argument("arpa", type=Path, help="the model, as `seqssm speech ngram` writes it")
+    ngram.add_argument("--unit", choices=("word", "token"), default="word", help="of it (default: word)")
+    ngram.add_argument("--weight", type=float, default=0.5, help="of its log-probabilities (default: 0.5)")
+    ngram.add_argument("--bonus", type=float, default=0.0, help="nats a word of it (default: 0)")
 
 
 def run(args: argparse.Namespace) -> None:
-    {None: _list, "export": _export, "import": _import, "card": _card}[args.action](args)
+    {None: _list, "export": _export, "import": _import, "mean": _mean, "card": _card, "ngram": _ngram}[args.action](
+        args
+    )
 
 
 def _list(args: argparse.Namespace) -> None:
@@ -131,6 +142,14 @@ def _import(args: argparse.Namespace) -> None:
     print(f"wrote {to_lightning(args.checkpoint, args.path)}")
 
 
+def _mean(args: argparse.Namespace) -> None:
+    from seqssm.tasks.exporting import mean
+
+    if len(args.checkpoints) < 2:
+        raise UserError("a mean needs two checkpoints at least, and then the .ckpt to write")
+    print(f"wrote {mean(args.checkpoints, args.path)}")
+
+
 def _card(args: argparse.Namespace) -> None:
     from seqssm import hub
 
@@ -146,6 +165,25 @@ def _card(args: argparse.Namespace) -> None:
     with atomic_write(path) as file:
         file.write(card)
     print(f"wrote {path}")
+
+
+def _ngram(args: argparse.Namespace) -> None:
+    import tempfile
+
+    from seqssm import hub
+    from seqssm.tasks.asr_network import ASRNetwork
+    from seqssm.tasks.decoding.ngram import NGram, NGramScorer
+    from seqssm.tasks.network import load_network
+
+    folder = hub.resolve(args.folder)
+    task = load_network(folder, ASRNetwork)
+    model = NGram.read(args.arpa)
+    NGramScorer(model, task.tokenizer.tokens, args.unit)  # says so where the two do not go together
+    with tempfile.TemporaryDirectory() as temporary:
+        model.write(Path(temporary) / hub.NGRAM)
+        content = (Path(temporary) / hub.NGRAM).read_bytes()
+    hub.add_ngram(folder, content, args.unit, args.weight, args.bonus)
+    print(f"{folder} has {args.arpa} for its beam searches, {len(content) / 1e6:.2f} MB")
 
 
 def _text(path: Path) -> str:

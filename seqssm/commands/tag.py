@@ -227,8 +227,8 @@ def _live(args: argparse.Namespace, network: TaggingNetwork) -> None:
             _tell(listener.hear(tagger.accept(samples)), write, args.jsonl)
         _tell(listener.hear(tagger.flush()), write, args.jsonl)
         _tell(listener.detector.flush(), write, args.jsonl)
-    if audio.repaired:
-        _note(f"{audio.name}: {audio.repaired:,} samples were NaN or infinite, and taken for silence")
+    for complaint in audio.complaints():
+        _note(f"{audio.name}: {complaint}")
     for label, p, threshold in listener.tags(args.top_k):
         _note(f"of all that was heard: {label} {p:.4f} (threshold {threshold:.4f})")
 

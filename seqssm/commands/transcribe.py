@@ -13,13 +13,14 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 import torch
 
+from seqssm import hub
 from seqssm.commands.interrupts import until_interrupted
 from seqssm.data.audio.live import ENCODINGS, LiveAudio
 from seqssm.data.audio.reading import blocks, open_audio
@@ -76,17 +77,22 @@ def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
     """How text is found: the same for all commands that do."""
     group = parser.add_argument_group("decoding")
     group.add_argument("--decode", choices=METHODS, default="greedy", help="default: %(default)s")
-    group.add_argument("--beam-size", type=int, default=8, help="hypotheses of a beam (default: 8)")
+    group.add_argument("--beam-size", type=int, default=16, help="hypotheses of a beam (default: 16)")
     group.add_argument("--hotwords", type=Path, help="a file with a word or phrase a line that a beam is to prefer")
     group.add_argument("--hotword-boost", type=float, default=1.0, help="nats a character of them (default: 1)")
-    group.add_argument("--ngram", help="an ARPA language model that a beam is to use")
-    group.add_argument("--ngram-unit", choices=("word", "token"), default="word", help="of it (default: word)")
-    group.add_argument("--ngram-weight", type=float, default=0.5, help="of its log-probabilities (default: 0.5)")
-    group.add_argument("--ngram-bonus", type=float, default=0.0, help="nats a word of it (default: 0)")
+    group.add_argument(
+        "--ngram",
+        help="an ARPA language model that a beam is to use, or none; default: the checkpoint's, if it has one",
+    )
+    group.add_argument("--ngram-unit", choices=("word", "token"), help="of it (default: word)")
+    group.add_argument(
+        "--ngram-weight", type=float, help="of its log-probabilities (default: the checkpoint's, or 0.5)"
+    )
+    group.add_argument("--ngram-bonus", type=float, help="nats a word of it (default: the checkpoint's, or 0)")
 
 
 def decoding_config(args: argparse.Namespace) -> DecodingConfig:
-    """The arguments' settings."""
+    """The arguments' settings; ``args.checkpoint`` names one."""
     hotwords: list[str] = []
     if args.hotwords is not None:
         try:
@@ -94,15 +100,20 @@ def decoding_config(args: argparse.Namespace) -> DecodingConfig:
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--hotwords {args.hotwords} cannot be read ({error}); give a text file") from error
         hotwords = [line.strip() for line in lines if line.strip()]
+    ngram = {"path": args.ngram, "unit": "word", "weight": 0.5, "bonus": 0.0}
+    if args.ngram is None and args.decode.endswith("beam") and not Path(args.checkpoint).is_file():
+        ngram |= hub.find_ngram(hub.resolve(args.checkpoint)) or {}
+    chosen = {"unit": args.ngram_unit, "weight": args.ngram_weight, "bonus": args.ngram_bonus}
+    ngram |= {key: value for key, value in chosen.items() if value is not None}
     return DecodingConfig(
         method=args.decode,
         size=args.beam_size,
         hotwords=hotwords,
         hotword_boost=args.hotword_boost,
-        ngram=args.ngram,
-        ngram_unit=args.ngram_unit,
-        ngram_weight=args.ngram_weight,
-        ngram_bonus=args.ngram_bonus,
+        ngram=None if ngram["path"] == "none" else ngram["path"],
+        ngram_unit=ngram["unit"],
+        ngram_weight=ngram["weight"],
+        ngram_bonus=ngram["bonus"],
     )
 
 
@@ -117,13 +128,12 @@ def run(args: argparse.Namespace) -> None:
     _check(args)
     set_threads(args)
     rules = EndpointRules(args.silence_s, args.after_text_s, args.longest_s)
+    args.checkpoint = checkpoint_or_default(args.checkpoint, ASRNetwork)
     config = decoding_config(args)
-    task = load_network(checkpoint_or_default(args.checkpoint, ASRNetwork), ASRNetwork).to(args.device)
+    task = load_network(args.checkpoint, ASRNetwork).to(args.device)
     make_decoder = decoders(task, config)
 
-    def transcriber(rate: int, seconds: float | None = None) -> Transcriber:
-        if seconds is not None:
-            task.prepare_for(round(seconds / task.token_s))
+    def transcriber(rate: int) -> Transcriber:
         return Transcriber(
             task, rate, lookahead_ms=args.lookahead_ms, chunk_ms=args.chunk_ms, decoder=make_decoder(), rules=rules
         )
@@ -133,6 +143,7 @@ def run(args: argparse.Namespace) -> None:
     if args.files == ["-"]:
         _live(args, transcriber)
         return
+    task.prepare_for(round(_total_s(args.files) / task.token_s))
     skipped = []
     with _destination(args) as writer_of:
         for name in args.files:
@@ -170,6 +181,15 @@ def _check(args: argparse.Namespace) -> None:
             args.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot make {args.folder}: {error.strerror or error}; choose another --folder") from error
+
+
+def _total_s(files: list[str]) -> float:
+    """Seconds of all recordings; those that cannot be read count nothing here, and are told of in their turn."""
+    seconds = 0.0
+    for name in files:
+        with suppress(UserError), open_audio(Path(name)) as file:
+            seconds += file.frames / file.samplerate
+    return seconds
 
 
 def _note(text: str) -> None:
@@ -220,13 +240,13 @@ def _writing(writer: TranscriptWriter, flushed: IO[str] | None = None) -> Write:
     return write
 
 
-def _transcribe_file(path: Path, transcriber: Callable[[int, float], Transcriber], write: Write) -> None:
+def _transcribe_file(path: Path, transcriber: Callable[[int], Transcriber], write: Write) -> None:
     from seqssm.data.progress import progress_bar
 
     begin = time.monotonic()
     with open_audio(path) as file:
         n_samples, rate = file.frames, file.samplerate
-    stream = transcriber(rate, n_samples / rate)
+    stream = transcriber(rate)
     loudest = 0.0
     with progress_bar(path.name, n_samples) as advance:
         for samples, _ in blocks(path, BLOCK_S):
@@ -261,8 +281,8 @@ def _live(args: argparse.Namespace, transcriber: Callable[[int], Transcriber]) -
                 for samples in packets:
                     write(asr.accept(samples))
                 write(asr.finish())
-    if audio.repaired:
-        _note(f"{audio.name}: {audio.repaired:,} samples were NaN or infinite, and taken for silence")
+    for complaint in audio.complaints():
+        _note(f"{audio.name}: {complaint}")
 
 
 def _tell_partial(result: Result) -> None:

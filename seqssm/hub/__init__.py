@@ -3,7 +3,8 @@
 config.json holds ``format_version``; ``task``, the class path of what was trained, and ``init_args``, its arguments in
 plain data, with the backbone, labels, features with their normalisation, and thresholds; ``network``, which class
 answers and which of the arguments only training needs; ``data`` and ``training``, how it was made; ``storage``, when
-weights were rounded; ``version`` and ``versions``; and the ``sha256`` of the weights. metrics.json is as
+weights were rounded; ``version`` and ``versions``; the ``sha256`` of the weights; and ``ngram``, what is beside
+a recogniser's weights for its beam searches in ngram.arpa.gz. metrics.json is as
 `seqssm evaluate` writes it, card.yaml is written by hand, and README.md is made of all the others.
 
 Nothing in the folder is ever run: no pickles, and only classes of this package are built.
@@ -14,11 +15,14 @@ from seqssm.hub.folders import (
     CARD,
     CONFIG,
     METRICS,
+    NGRAM,
     NOTES,
     WEIGHTS,
+    add_ngram,
     build,
     default,
     fill,
+    find_ngram,
     load,
     load_model,
     make_card,
@@ -39,12 +43,15 @@ __all__ = [
     "CARD",
     "CONFIG",
     "METRICS",
+    "NGRAM",
     "NOTES",
     "WEIGHTS",
     "Notes",
+    "add_ngram",
     "build",
     "default",
     "fill",
+    "find_ngram",
     "from_transformers",
     "load",
     "load_model",

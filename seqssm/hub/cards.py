@@ -221,6 +221,13 @@ def model_card(
     shell, python = _USE.get(cls, ("", "seqssm.hub.load_model(FOLDER)"))
     lines += ["", "## Use", "", *(["```", shell.format(name=name), "```", ""] if shell else [])]
     lines += ["```python", "from seqssm import load", "", python.format(name=name), "```"] if shell else [f"`{python}`"]
+    if config.get("ngram"):
+        about = config["ngram"]
+        lines += [
+            "",
+            f"`--decode beam` searches with the n-gram model of {about['unit']}s that is beside the weights "
+            f"(ngram.arpa.gz, weight {about['weight']:g}, bonus {about['bonus']:g}); `--ngram none` without.",
+        ]
     for file, report in reports.items():
         lines += ["", *_results(file, report, config)]
     lines += _written("Not good for", [f"- {one}" for one in notes.not_for])

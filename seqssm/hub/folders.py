@@ -25,10 +25,12 @@ from seqssm.hub.cards import Notes, model_card
 
 FORMAT_VERSION = 1
 CONFIG, WEIGHTS, CARD, METRICS, NOTES = "config.json", "model.safetensors", "README.md", "metrics.json", "card.yaml"
-FILES = re.compile(r"config\.json|model\.safetensors|README\.md|card\.yaml|metrics(-[\w.^-]+)?\.json")
+NGRAM = "ngram.arpa.gz"
+FILES = re.compile(r"config\.json|model\.safetensors|README\.md|card\.yaml|ngram\.arpa\.gz|metrics(-[\w.^-]+)?\.json")
 """The names of all files that belong to a checkpoint; a second evaluation is metrics-WHAT.json."""
 _REQUIRED = {"format_version", "version", "task", "init_args", "sha256"}
-_KEYS = _REQUIRED | {"versions", "network", "data", "training", "storage"}
+_KEYS = _REQUIRED | {"versions", "network", "data", "training", "storage", "ngram"}
+_NGRAM_KEYS = {"sha256", "unit", "weight", "bonus"}
 
 
 def save(
@@ -152,10 +154,54 @@ def load(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise UserError(
             f"{folder / CARD}: there is no model card; copy the whole folder, or `seqssm checkpoints card` it"
         )
+    find_ngram(folder)
     try:
         return config, load_file(path)
     except SafetensorError as error:
         raise UserError(f"{path}: not a safetensors file ({error})") from error
+
+
+def find_ngram(folder: str | Path) -> dict[str, Any] | None:
+    """The n-gram model that a recogniser brings along for its beam searches, if it does.
+
+    Returns:
+        ``path`` of the ARPA file, ``unit`` (word or token), and ``weight`` and ``bonus`` that suit it.
+
+    Raises:
+        UserError: as :func:`read_config`, or the file is missing or not the one that was saved.
+    """
+    folder = Path(folder)
+    about = read_config(folder).get("ngram")
+    if about is None:
+        return None
+    path = folder / NGRAM
+    try:
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}; copy the whole checkpoint folder") from error
+    if digest != about["sha256"]:
+        raise UserError(f"{path} is not the file that was saved (its SHA-256 differs from config.json); copy it again")
+    return {"path": str(path), **{key: about[key] for key in ("unit", "weight", "bonus")}}
+
+
+def add_ngram(folder: str | Path, content: bytes, unit: str, weight: float, bonus: float) -> Path:
+    """Give a checkpoint folder an n-gram model, or another one; its card says so.
+
+    Args:
+        folder: of a recogniser.
+        content: of the gzipped ARPA file.
+        unit: of the model, word or token.
+        weight, bonus: of its log-probabilities, and of a word of it, in nats.
+
+    Raises:
+        UserError: as :func:`load`, or the disk does not take it.
+    """
+    folder = Path(folder)
+    files = read_files(folder)
+    about = {"sha256": hashlib.sha256(content).hexdigest(), "unit": unit, "weight": weight, "bonus": bonus}
+    config = {**read_config(folder), "ngram": about}
+    card = model_card(folder.name, config, load_file(folder / WEIGHTS), read_reports(folder), read_notes(folder))
+    return write_folder(folder, {**files, CONFIG: _json(config), NGRAM: content, CARD: card.encode()})
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
@@ -183,6 +229,9 @@ def read_config(folder: str | Path) -> dict[str, Any]:
             raise UserError(f"{path}: {what} {', '.join(sorted(keys))}; was it edited, or written by another version?")
     if not isinstance(config["task"], str) or not isinstance(config["init_args"], dict):
         raise UserError(f"{path}: task must be a class path and init_args a table of its arguments")
+    ngram = config.get("ngram")
+    if ngram is not None and (not isinstance(ngram, dict) or set(ngram) != _NGRAM_KEYS):
+        raise UserError(f"{path}: ngram must have {', '.join(sorted(_NGRAM_KEYS))}; was it edited?")
     network = config.get("network")
     if network is not None and (not isinstance(network, dict) or set(network) != {"class_path", "training_args"}):
         raise UserError(f"{path}: network must have a class_path and training_args; was it edited?")

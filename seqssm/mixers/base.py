@@ -133,6 +133,19 @@ class Mixer(nn.Module):
         """
         raise NotImplementedError
 
+    def chunks(self, x: Tensor) -> bool:
+        """Whether :meth:`residual_chunk` is there for chunks of x's shape, dtype and device."""
+        return False
+
+    def residual_chunk(
+        self, x: Tensor, norm: RMSNorm, state: State, seq_idx: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """x (b, l, d) + :meth:`forward` of its norm, at once and without gradients.
+
+        A row's result does not depend, to the bit, on the rest of the batch.
+        """
+        raise NotImplementedError
+
     def residual_step(self, x: Tensor, norm: RMSNorm, state: State) -> Tensor:
         """x (b, d) + :meth:`step` of its norm: a subclass may do both at once."""
         return x + self.step(norm(x)[1], state)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from seqssm.kernels import dispatch
 from seqssm.kernels.causal_conv1d.op import causal_conv1d_step
-from seqssm.kernels.mamba_step.op import mamba_step
+from seqssm.kernels.mamba_step.op import mamba_chunk, mamba_step
 from seqssm.kernels.selective_scan.op import selective_scan_step
 from seqssm.mixers import mamba_layer
 from seqssm.mixers.base import (
@@ -29,6 +30,8 @@ from seqssm.mixers.base import (
 
 # Sequences that advance together up to which one kernel for the whole layer beats matrix products.
 _MOST_FUSED_STEPS = 32
+# Tokens up to which, on a CPU, one call for the whole layer beats operators, whose matrix products are better.
+_MOST_CHUNKED = 16
 
 
 class Mamba(Mixer):
@@ -124,13 +127,24 @@ class Mamba(Mixer):
         mixers = (self,) if backward is None else (self, backward)
         return _run(mixers, x, strands, None, seq_idx, reverse)[0]  # type: ignore[arg-type]
 
-    def residual_step(self, x: Tensor, norm: RMSNorm, state: State) -> Tensor:
-        if x.shape[0] > _MOST_FUSED_STEPS or not mamba_layer.available(self, x):
-            return super().residual_step(x, norm, state)
-        return mamba_step(
-            x,
-            state["conv"],
-            state["scan"],
+    def chunks(self, x: Tensor) -> bool:
+        if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type) or self.operations.split:
+            return False
+        if x.shape[1] > _MOST_CHUNKED or not x.dtype == self.in_proj.weight.dtype == torch.float32:
+            return False
+        return dispatch.choose_backend("selective_scan", self.backend, x) == "numba"
+
+    def residual_chunk(
+        self, x: Tensor, norm: RMSNorm, state: State, seq_idx: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        y, conv, scan = mamba_chunk(
+            x, state["conv"], state["scan"], *self._layer(norm), seq_idx=seq_idx, backend="numba"
+        )
+        return y, {"conv": conv, "scan": scan}
+
+    def _layer(self, norm: RMSNorm) -> tuple[Any, ...]:
+        """The parameters of the layer and its norm, as :func:`mamba_step` takes them behind the states."""
+        return (
             norm.weight,
             norm.eps,
             self.in_proj.weight,
@@ -145,6 +159,11 @@ class Mamba(Mixer):
             self.out_proj.weight,
             self.out_proj.bias,
         )
+
+    def residual_step(self, x: Tensor, norm: RMSNorm, state: State) -> Tensor:
+        if x.shape[0] > _MOST_FUSED_STEPS or not mamba_layer.available(self, x):
+            return super().residual_step(x, norm, state)
+        return mamba_step(x, state["conv"], state["scan"], *self._layer(norm))
 
     def step(self, x: Tensor, state: State) -> Tensor:
         u, z = self.in_proj(x).chunk(2, dim=-1)  # (b, e) each

@@ -26,34 +26,46 @@ class GreedyState:
     frame: int = 0
 
 
-def greedy_advance(log_probs: Tensor | NDArray[np.float32], state: GreedyState) -> list[Emission]:
-    """New tokens of the next frames (t, v): the best label of each, repeats merged, blanks dropped.
+BestLabels = Sequence[tuple[int, float]]
+"""Of each frame: the best label, and its log-probability."""
+
+
+def best_labels(log_probs: Tensor | NDArray[np.float32]) -> BestLabels:
+    """Of frames (t, v)."""
+    rows = frame_rows(log_probs)
+    return list(zip(rows.argmax(1).tolist(), rows.max(1).tolist(), strict=True)) if len(rows) else []
+
+
+def greedy_advance(best: BestLabels, state: GreedyState) -> list[Emission]:
+    """New tokens of the next frames: repeats merged, blanks dropped.
 
     The state, advanced in place, makes the tokens independent of how frames come in packets.
     """
-    rows = frame_rows(log_probs)
-    if not len(rows):
-        return []
-    best = rows.argmax(1)
-    before = np.concatenate([[state.last], best[:-1]])
-    new = np.flatnonzero((best != BLANK) & (best != before))
-    emissions = [Emission(int(best[t]), state.frame + int(t), float(np.exp(rows[t, best[t]]))) for t in new]
-    state.last, state.frame = int(best[-1]), state.frame + len(rows)
+    emissions, last, frame = [], state.last, state.frame
+    for label, log_prob in best:
+        if math.isnan(log_prob):
+            raise ValueError("the log-probabilities hold NaN: the model or its input is broken")
+        if label != BLANK and label != last:
+            emissions.append(Emission(label, frame, math.exp(log_prob)))
+        last = label
+        frame += 1
+    state.last, state.frame = last, frame
     return emissions
 
 
 class GreedyCTC:
     """Greedy decoding as a `Decoder`: everything is settled at once."""
 
-    reads: Literal["log_probs", "encoded"] = "log_probs"
+    reads: Literal["log_probs", "encoded", "best"] = "best"
 
     def __init__(self) -> None:
         self._state = GreedyState()
         self._settled: list[Emission] = []
 
-    def advance(self, frames: Tensor | NDArray[np.float32]) -> None:
-        """Decode log-probabilities (t, v)."""
-        self._settled += greedy_advance(frames, self._state)
+    def advance(self, frames: Tensor | NDArray[np.float32] | BestLabels) -> None:
+        """Decode the best labels, or log-probabilities (t, v)."""
+        best = best_labels(frames) if isinstance(frames, Tensor | np.ndarray) else frames
+        self._settled += greedy_advance(best, self._state)
 
     def take(self) -> list[Emission]:
         taken, self._settled = self._settled, []
@@ -118,7 +130,7 @@ class BeamCTC(Beam):
         scorers: a language model, words to prefer.
     """
 
-    reads: Literal["log_probs", "encoded"] = "log_probs"
+    reads: Literal["log_probs", "encoded", "best"] = "log_probs"
 
     def __init__(self, config: BeamConfig | None = None, scorers: Sequence[Scorer] = ()) -> None:
         self.config = config or BeamConfig()

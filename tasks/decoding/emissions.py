@@ -24,10 +24,11 @@ class Emission(NamedTuple):
 class Decoder(Protocol):
     """Frames to tokens, as they come. The frames' packets do not matter: frame after frame is decoded by itself.
 
-    reads: `log_probs` (t, v), float32, blank 0, as of CTC, or `encoded` (t, d), as a transducer's joiner reads.
+    reads: `log_probs` (t, v), float32, blank 0, as of CTC; `encoded` (t, d), as a transducer's joiner reads; or `best`,
+    the best label of each frame and its log-probability, in place of log-probabilities.
     """
 
-    reads: Literal["log_probs", "encoded"]
+    reads: Literal["log_probs", "encoded", "best"]
 
     def advance(self, frames: Tensor | NDArray[np.float32]) -> None:
         """Decode the next frames."""

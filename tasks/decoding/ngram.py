@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import bisect
+import functools
 import gzip
 import math
+import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -65,6 +68,46 @@ class NGram:
             total += more
         return total
 
+    def draw(self, rng: random.Random, longest: int = 100) -> list[str]:
+        """The words of a sentence drawn from the model, known ones alone; cut behind ``longest``."""
+        names = {number: word for word, number in self.words.items()}
+        sentence: list[str] = []
+        context, end = self.start(), self.words.get(END, -1)
+        while len(sentence) < longest:
+            word = self._draw_word(context, rng)
+            if word == end:
+                break
+            sentence.append(names[word])
+            context = self.score(context, word)[0]
+        return sentence
+
+    def _draw_word(self, context: tuple[int, ...], rng: random.Random) -> int:
+        words, sums = self._followers.get(context, ([], []))
+        if not context:
+            return rng.choices(words, cum_weights=sums)[0]
+        place = bisect.bisect_right(sums, rng.random())
+        if place < len(words):
+            return words[place]
+        # The rest of the probability is that of the shorter context, among the words that are not here.
+        here = set(words)
+        for _ in range(1000):
+            word = self._draw_word(context[1:], rng)
+            if word not in here:
+                return word
+        return words[-1]  # rounding alone was left
+
+    @functools.cached_property
+    def _followers(self) -> dict[tuple[int, ...], tuple[list[int], list[float]]]:
+        """The words that are listed behind each context, and the running sums of their probabilities."""
+        never = {self.words.get(BEGIN), self.unknown}
+        followers: dict[tuple[int, ...], tuple[list[int], list[float]]] = {}
+        for gram, (log_prob, _) in self._grams.items():
+            if gram[-1] not in never:
+                words, sums = followers.setdefault(gram[:-1], ([], []))
+                words.append(gram[-1])
+                sums.append((sums[-1] if sums else 0.0) + math.exp(log_prob))
+        return followers
+
     # ---- files -------------------------------------------------------------------------------------------------------
 
     @classmethod
@@ -87,19 +130,20 @@ class NGram:
             raise UserError(f"{path} is not an ARPA file in UTF-8 (binary models are not read): {error}") from error
 
     def write(self, path: str | Path) -> None:
-        """Write an ARPA file, in order of the words."""
+        """Write an ARPA file, in order of the words; gzipped where the name ends in .gz."""
         names = {number: word for word, number in self.words.items()}
         by_order = [sorted(gram for gram in self._grams if len(gram) == n) for n in range(1, self.order + 1)]
-        with atomic_write(path) as file:
-            file.write("\\data\\\n")
-            file.writelines(f"ngram {n}={len(grams)}\n" for n, grams in enumerate(by_order, 1))
-            for n, grams in enumerate(by_order, 1):
-                file.write(f"\n\\{n}-grams:\n")
-                for gram in grams:
-                    log_prob, back_off = (value / LN_10 for value in self._grams[gram])
-                    text = " ".join(names[number] for number in gram)
-                    file.write(f"{log_prob:.6f}\t{text}" + (f"\t{back_off:.6f}\n" if n < self.order else "\n"))
-            file.write("\n\\end\\\n")
+        lines = ["\\data\\", *(f"ngram {n}={len(grams)}" for n, grams in enumerate(by_order, 1))]
+        for n, grams in enumerate(by_order, 1):
+            lines += ["", f"\\{n}-grams:"]
+            for gram in grams:
+                log_prob, back_off = (value / LN_10 for value in self._grams[gram])
+                text = " ".join(names[number] for number in gram)
+                lines.append(f"{log_prob:.6f}\t{text}" + (f"\t{back_off:.6f}" if n < self.order else ""))
+        content = "\n".join([*lines, "", "\\end\\", ""]).encode()
+        with atomic_write(path, "wb") as file:
+            # Without the time: the same model gives the same bytes.
+            file.write(gzip.compress(content, mtime=0) if Path(path).suffix == ".gz" else content)
 
     @classmethod
     def estimate(cls, sentences: Iterable[Sequence[str]], order: int = 3, discount: float = 0.75) -> NGram:

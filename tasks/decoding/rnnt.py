@@ -49,7 +49,7 @@ class GreedyRNNT:
         symbols: tokens that one frame may say.
     """
 
-    reads: Literal["log_probs", "encoded"] = "encoded"
+    reads: Literal["log_probs", "encoded", "best"] = "encoded"
 
     def __init__(self, model: Transducer, symbols: int = 5) -> None:
         if symbols < 1:
@@ -128,7 +128,7 @@ class BeamRNNT(Beam):
         scorers: a language model, words to prefer.
     """
 
-    reads: Literal["log_probs", "encoded"] = "encoded"
+    reads: Literal["log_probs", "encoded", "best"] = "encoded"
 
     def __init__(self, model: Transducer, config: RNNTBeamConfig | None = None, scorers: Sequence[Scorer] = ()) -> None:
         self.model, self.config = model, config or RNNTBeamConfig()

@@ -79,6 +79,19 @@ def words(
     return found + _word(spelled)
 
 
+def span(
+    emissions: Sequence[Emission], tokens: Sequence[str], token_s: float, duration_s: float = math.inf
+) -> tuple[float, float] | None:
+    """When the first of `words` begins and the last one ends, without all that lies between; None without words."""
+    said = (i for i, one in enumerate(emissions) if tokens[one.id - 1].strip())
+    first = next(said, None)
+    if first is None:
+        return None
+    last = next(i for i in range(len(emissions) - 1, -1, -1) if tokens[emissions[i].id - 1].strip())
+    end = timed_tokens(emissions[last : last + 2], tokens, token_s, duration_s)[0].end_s
+    return min(emissions[first].frame * token_s, duration_s), end
+
+
 def _part(token: TimedToken, text: str) -> TimedToken:
     return TimedToken(text, token.start_s, token.end_s, token.confidence)
 

@@ -68,6 +68,22 @@ def test_raw_pcm() -> None:
     assert audio.repaired == 2
     assert (heard[[3, 500]] == 0).all()
     np.testing.assert_array_equal(heard[4:500], broken[4:500, 0])
+    assert audio.complaints() == ["2 samples were NaN or infinite, and taken for silence"]
+
+
+def test_an_end_in_the_wrong_place_is_told() -> None:
+    audio = LiveAudio(Dribble(b"\1\0" * 500 + b"\1", 7), "pipe", rate=8000, channels=2)
+    assert np.concatenate(list(audio), axis=1).shape == (2, 250)
+    (complaint,) = audio.complaints()
+    assert complaint.startswith("it ended within a sample, 1 bytes of which were left out")
+    file = io.BytesIO()
+    soundfile.write(file, samples(1), 8000, "PCM_16", format="WAV")
+    audio = LiveAudio(Dribble(file.getvalue()[:-100], 50), "pipe")
+    assert np.concatenate(list(audio), axis=1).shape == (1, 950)
+    assert audio.complaints() == ["it ended 100 bytes before the end that its WAV header tells"]
+    whole = LiveAudio(Dribble(file.getvalue(), 50), "pipe")
+    assert np.concatenate(list(whole), axis=1).shape == (1, 1000)
+    assert whole.complaints() == []
 
 
 def test_a_file_that_grows(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The step of a whole layer: in Triton's interpreter on the CPU, and on a GPU (``pytest -m gpu``)."""
+"""One token, or a few, through a whole layer: the CPU's kernel, and Triton's in its interpreter and on a GPU."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ import torch
 from cases import distances
 from torch import Tensor
 
-from seqssm.kernels import mamba_step
+from seqssm.kernels import mamba_chunk, mamba_step
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRET, reason="runs in a process of its own: see test_in_the_interpreter")
@@ -73,6 +73,88 @@ def test_equals_the_formula(sizes: tuple, monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(backend, "_SPAN", 4)  # several spans
     check(sizes, torch.float32, "cpu", 1e-5)
+
+
+CHUNKS = [
+    # b, d, e, n, r, k, biases, l
+    (2, 8, 16, 4, 2, 4, True, 1),
+    (3, 12, 21, 5, 3, 2, True, 7),
+    (1, 5, 7, 3, 1, 1, False, 3),
+    (2, 16, 24, 24, 9, 4, True, 2),
+    (9, 192, 384, 16, 12, 4, False, 4),
+    (2, 64, 128, 16, 4, 4, False, 16),
+]
+
+
+def chunk_inputs(*sizes: int) -> dict[str, Tensor]:
+    """A layer's inputs for l tokens a row, in float64."""
+    *layer_sizes, l = sizes
+    given = layer(*layer_sizes)
+    generator = torch.Generator().manual_seed(l)
+    b, d = given["x"].shape
+    given["x"] = torch.randn(b, l, d, generator=generator, dtype=torch.float64)
+    return given
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("sizes", CHUNKS)
+def test_a_chunk_is_as_near_to_the_formula_as_float32_is(sizes: tuple, packed: bool) -> None:
+    exact = chunk_inputs(*sizes)
+    b, l = exact["x"].shape[:2]
+    seq_idx = torch.randint(2, (b, l), generator=torch.Generator().manual_seed(1)) if packed else None
+    given = {name: None if t is None else t.float() for name, t in exact.items()}
+    options = {"eps": 1e-5, "seq_idx": seq_idx}
+    before = {name: None if t is None else t.clone() for name, t in given.items()}
+    made = mamba_chunk(**given, **options)
+    plain = mamba_chunk(**given, **options, backend="reference")
+    right = mamba_chunk(**exact, **options, backend="reference")
+    assert all(t is None or torch.equal(t, before[name]) for name, t in given.items()), "an input was written to"
+    for ours, float32, float64 in zip(made, plain, right, strict=True):
+        assert ours.dtype == torch.float32
+        if float64.numel():
+            mine, theirs = max(distances(ours, float64)), max(distances(float32, float64))
+            assert mine <= 2 * theirs + 1e-6, (mine, theirs)
+
+
+@pytest.mark.parametrize("sizes", CHUNKS)
+def test_a_row_of_a_chunk_does_not_depend_on_the_others(sizes: tuple) -> None:
+    given = {name: None if t is None else t.float() for name, t in chunk_inputs(*sizes).items()}
+    rows = ("x", "conv_state", "scan_state")
+    together = mamba_chunk(**given, eps=1e-5)
+    for i in range(len(given["x"])):
+        alone = mamba_chunk(**given | {name: given[name][i : i + 1] for name in rows}, eps=1e-5)
+        assert all(torch.equal(a[0], t[i]) for a, t in zip(alone, together, strict=True))
+
+
+@pytest.mark.parametrize("sizes", CHUNKS)
+def test_a_chunk_continues_its_states(sizes: tuple) -> None:
+    given = {name: None if t is None else t.float() for name, t in chunk_inputs(*sizes).items()}
+    whole = mamba_chunk(**given, eps=1e-5)
+    states, out = {name: given[name] for name in ("conv_state", "scan_state")}, []
+    for token in given["x"].split(1, dim=1):
+        y, *after = mamba_chunk(**given | {"x": token} | states, eps=1e-5)
+        states = dict(zip(states, after, strict=True))
+        out.append(y)
+    assert torch.equal(torch.cat(out, dim=1), whole[0])
+    assert all(torch.equal(a, b) for a, b in zip(states.values(), whole[1:], strict=True))
+
+
+def test_chunk_operator() -> None:
+    given = {name: None if t is None else t.float() for name, t in chunk_inputs(2, 8, 16, 4, 2, 4, True, 3).items()}
+    names = list(given)
+    arguments = [given[name] for name in names[:4]] + [1e-5] + [given[name] for name in names[4:]]
+    for seq_idx in (None, torch.tensor([[0, 0, 1], [0, 1, 1]])):
+        torch.library.opcheck(torch.ops.seqssm.mamba_chunk.default, (*arguments, seq_idx))
+
+
+def test_bad_chunks_are_named() -> None:
+    given = chunk_inputs(2, 8, 16, 4, 2, 4, False, 3)
+    with pytest.raises(ValueError, match=r"\(b, l, d\)"):
+        mamba_chunk(**given | {"x": given["x"][0]}, eps=1e-5, backend="reference")
+    with pytest.raises(ValueError, match="seq_idx must have shape"):
+        mamba_chunk(**given, eps=1e-5, seq_idx=torch.zeros(2, 2, dtype=torch.int32), backend="reference")
+    with pytest.raises(ValueError, match="computes in float32"):
+        mamba_chunk(**given, eps=1e-5)
 
 
 def test_bad_arguments_are_named() -> None:

@@ -72,6 +72,39 @@ def test_chunks_of_a_padded_batch_equal_one_pass():
     torch.testing.assert_close(y[1:, :10], backbone(x[1:, :10])[0], rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("settings", [{}, {"pattern": "mam", "mlp_ratio": 1.0}])
+@torch.no_grad()
+def test_live_chunks_with_resets_equal_one_pass(settings):
+    """Evaluation on a CPU takes the compiled layer for short chunks; attention in between leaves a sum to it."""
+    backbone, x = make(**{"pattern": "mmm"} | settings).eval(), inputs(dtype=torch.float32)
+    seq_idx = (torch.arange(27) >= torch.tensor([27, 10])[:, None]).int()
+    assert backbone.blocks[0].mixer.chunks(x[:, :16])
+    assert not backbone.blocks[0].mixer.chunks(x)
+    start = backbone.init_state(2)
+    y, state = backbone(x, start, seq_idx=seq_idx)
+    outputs, after = [], start
+    for part, index in zip(x.split([7, 1, 16, 3], 1), seq_idx.split([7, 1, 16, 3], 1), strict=True):
+        out, after = backbone(part, after, seq_idx=index)
+        outputs.append(out)
+    torch.testing.assert_close(torch.cat(outputs, 1), y, rtol=1e-3, atol=2e-5)
+    for key, value in state.items():
+        torch.testing.assert_close(after[key], value, rtol=1e-3, atol=2e-5)
+    assert all(not value.any() for key, value in start.items() if "scan" in key or "conv" in key), "written to"
+
+
+@torch.no_grad()
+def test_rows_of_live_chunks_are_apart_to_the_bit():
+    x = inputs(batch=7, length=16, dtype=torch.float32)
+    assert not make("mam").eval().rows_are_apart(x)
+    backbone = make("mmm").eval()
+    assert backbone.rows_are_apart(x)
+    together, state = backbone(x, backbone.init_state(7))
+    some = torch.tensor([1, 4])
+    apart, own = backbone(x[some], backbone.init_state(2))
+    assert torch.equal(apart, together[some])
+    assert all(torch.equal(own[key], value[some]) for key, value in state.items())
+
+
 @torch.no_grad()
 def test_steps_equal_one_pass():
     backbone, x = make("m2saw", mlp_ratio=1).double(), inputs()

@@ -15,6 +15,7 @@ from seqssm.data.features import FeatureConfig, fbank
 from seqssm.errors import UserError
 from seqssm.tasks.asr import StreamingASR
 from seqssm.tasks.asr_decoding import DecodingConfig, decoders
+from seqssm.tasks.asr_encoder import TableStep
 from seqssm.tasks.asr_stream import SlotTable, Transcriber
 from seqssm.tasks.base import CHECKPOINT_KEY
 from seqssm.tasks.transcripts import EndpointRules, Result
@@ -69,11 +70,11 @@ class Recorder:
     reads = "log_probs"
 
     def __init__(self) -> None:
-        self.rows: list[torch.Tensor] = []
+        self.rows: list[np.ndarray] = []
         self.partial: list[Any] = []
 
-    def advance(self, rows: torch.Tensor) -> None:
-        self.rows.append(rows.clone())
+    def advance(self, rows: np.ndarray) -> None:
+        self.rows.append(rows.copy())
 
     def take(self) -> list[Any]:
         return []
@@ -95,7 +96,38 @@ def test_the_stream_equals_the_whole(pattern: str, chunk_ms: int) -> None:
             recorder = Recorder()
             transcriber = Transcriber(task, RATE, lookahead_ms=lookahead_ms, chunk_ms=chunk_ms, decoder=recorder)  # type: ignore[arg-type]
             hear(transcriber, samples, [len(samples)])
-            torch.testing.assert_close(torch.cat(recorder.rows), whole[0], rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(torch.from_numpy(np.concatenate(recorder.rows)), whole[0], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.gpu
+def test_a_gpu_runs_the_step_as_one_graph_with_the_same_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = make_task("sma").cuda()
+    sounds = [sound(seconds, seed) for seed, seconds in enumerate((0.8, 1.7, 0.4, 1.1))]
+
+    def results() -> list[list[Result]]:
+        table, heard = SlotTable(task, 3, 120), []
+        for first, other in ((0, 1), (2, 3)):  # the second pair begins in slots that were used
+            sessions = [table.open(RATE, ms) for ms in (320, 80)]
+            for session, samples in zip(sessions, (sounds[first], sounds[other]), strict=True):
+                session.accept(samples)
+                session.finish()
+            while table.step():
+                pass
+            heard += [session.take() for session in sessions]
+            for session in sessions:
+                table.close(session)
+        return heard
+
+    graph = results()
+    assert any(graph)
+
+    def eager(step: TableStep) -> tuple[torch.Tensor, torch.Tensor]:
+        for to, source in zip(step._inputs, step._from, strict=True):
+            to.copy_(source)
+        return step._run()
+
+    monkeypatch.setattr(TableStep, "__call__", eager)
+    assert results() == graph
 
 
 @pytest.mark.parametrize("method", ["greedy", "beam", "rnnt"])

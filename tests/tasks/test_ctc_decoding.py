@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from seqssm.tasks.decoding.beams import Beam
-from seqssm.tasks.decoding.ctc import BeamConfig, BeamCTC, GreedyCTC, GreedyState, decode, greedy_advance
+from seqssm.tasks.decoding.ctc import BeamConfig, BeamCTC, GreedyCTC, GreedyState, best_labels, decode, greedy_advance
 from seqssm.tasks.decoding.emissions import Decoder, Emission
 from seqssm.tasks.decoding.hotwords import Hotwords
 
@@ -66,7 +66,7 @@ class Prefers:
 
 def test_greedy_merges_repeats_and_drops_blanks() -> None:
     rows = log_probs(200, 5)
-    emissions = greedy_advance(rows, GreedyState())
+    emissions = greedy_advance(best_labels(rows), GreedyState())
     best = rows.argmax(1)
     assert tuple(one.id for one in emissions) == collapse(tuple(best))
     for one in emissions:

@@ -1,6 +1,8 @@
 import gzip
 import itertools
 import math
+import random
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -178,9 +180,25 @@ def test_an_estimated_model_is_a_distribution_and_survives_its_file(order: int, 
     again = NGram.read(tmp_path / "m.arpa")
     for sentence in [*text[:5], ["z"], []]:
         assert again.sentence(sentence) == pytest.approx(model.sentence(sentence), abs=1e-4)
+    model.write(tmp_path / "m.arpa.gz")
+    assert gzip.decompress((tmp_path / "m.arpa.gz").read_bytes()) == (tmp_path / "m.arpa").read_bytes()
     if order > 1:  # what was seen is likelier than the same words in another order
         flat = NGram.estimate(text, 1)
         assert sum(map(model.sentence, text)) > sum(map(flat.sentence, text))
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_sentences_are_drawn_with_the_probabilities_of_the_model(order: int) -> None:
+    texts = np.random.default_rng(0)
+    model = NGram.estimate([list(texts.choice(list("abc"), texts.integers(1, 4))) for _ in range(200)], order)
+    rng = random.Random(0)
+    drawn = Counter(tuple(model.draw(rng)) for _ in range(20_000))
+    often = {text: count for text, count in drawn.items() if count > 400}
+    assert len(often) > 3
+    for text, count in often.items():  # unknown words, which are not drawn, have hardly a share
+        assert count / 20_000 == pytest.approx(math.exp(model.sentence(text)), rel=0.15)
+    assert max(map(len, drawn)) > 3
+    assert len(model.draw(rng, longest=1)) <= 1
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from seqssm.tasks.averaging import RunningAverage
 from seqssm.tasks.base import Task, load_task, read_checkpoint
 from seqssm.tasks.dna import DNAClassification
 from seqssm.tasks.dna_network import DNANetwork
-from seqssm.tasks.exporting import export, to_lightning
+from seqssm.tasks.exporting import export, mean, to_lightning
 from seqssm.tasks.network import load_network
 from seqssm.tasks.tagging import AudioTagging
 from seqssm.tasks.tagging_network import TaggingNetwork
@@ -167,6 +167,23 @@ def test_weights_beyond_the_range_of_float16_are_refused(tmp_path: Path) -> None
     with pytest.raises(UserError, match="float16 changes"):
         export(lightning_checkpoint(task, tmp_path / "x.ckpt"), tmp_path / "folder", half=True)
     assert not (tmp_path / "folder").exists()
+
+
+def test_the_mean_of_runs(tmp_path: Path) -> None:
+    one, other = recogniser(), recogniser()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    paths = [lightning_checkpoint(task, tmp_path / f"{i}.ckpt") for i, task in enumerate((one, other))]
+    made = load_network(mean(paths, tmp_path / "mean.ckpt"), ASRNetwork).state_dict()
+    weights = one.state_dict(), other.state_dict()
+    assert all(torch.allclose(made[key], (weights[0][key] + weights[1][key]) / 2) for key in made)
+    with pytest.raises(UserError, match=r"t.ckpt is another model than .*0.ckpt"):
+        mean([paths[0], lightning_checkpoint(tagger(), tmp_path / "t.ckpt")], tmp_path / "no.ckpt")
+    spelled = StreamingASR(CharacterTokenizer("xy ").to_dict(), features=FEATURES, backbone=CAUSAL, stem_channels=4)
+    with pytest.raises(UserError, match="has another tokenizer"):
+        mean([paths[0], lightning_checkpoint(spelled, tmp_path / "s.ckpt")], tmp_path / "no.ckpt")
+    assert not (tmp_path / "no.ckpt").exists()
 
 
 def test_notes_stay_metrics_do_not_and_paths_lose_their_folders(tmp_path: Path) -> None:

@@ -2,11 +2,13 @@
 
 import io
 import json
+import random
 
 import pytest
 
 from seqssm.errors import UserError
 from seqssm.tasks.decoding.emissions import Emission
+from seqssm.tasks.decoding.words import timed_tokens, words
 from seqssm.tasks.transcripts import EndpointRules, Result, Segmenter, TranscriptWriter, clock
 
 TOKENS = list(" abc")
@@ -118,3 +120,31 @@ def test_formats() -> None:
 def test_clock_carries() -> None:
     assert clock(59.9996, ",") == "00:01:00,000"
     assert clock(3599.5, ".") == "00:59:59.500"
+
+
+@pytest.mark.parametrize("tokens", [list(" abc"), [" ", " a", "b", "c d", "ab ", " a b"]])
+def test_partial_results_tell_of_their_words_what_the_whole_text_says(tokens: list[str]) -> None:
+    rng = random.Random(0)
+    for _ in range(20):
+        one = Segmenter(tokens, TOKEN_S, EndpointRules(silence_s=99, after_text_s=99, longest_s=99))
+        frame, told, said = 0, [], []
+        for _ in range(12):
+            new = []
+            for _ in range(rng.randint(0, 3)):
+                frame += rng.randint(0, 6)
+                new.append(Emission(rng.randint(1, len(tokens)), frame, rng.random()))
+            said += new
+            partial = [Emission(rng.randint(1, len(tokens)), frame + i, 0.5) for i in range(rng.randint(0, 2))]
+            frame += len(partial)
+            heard_s = (frame + 1) * TOKEN_S
+            told += [(result, [*said, *partial], heard_s) for result in one.advance(new, partial, frame + 1)]
+        assert len(told) > 5
+        for result, emissions, heard_s in told:  # asked later, and the same
+            about = emissions, tokens, TOKEN_S, heard_s
+            assert result.text == " ".join("".join(tokens[one.id - 1] for one in emissions).split())
+            assert (result.words, result.tokens) == (words(*about), timed_tokens(*about))
+            if result.words:
+                assert (result.start_s, result.end_s) == (result.words[0].start_s, result.words[-1].end_s)
+            assert result.to_dict()["words"] == [word.to_dict() for word in result.words]
+        with pytest.raises(AttributeError, match="sentence"):
+            _ = told[0][0].sentence  # type: ignore[attr-defined]
