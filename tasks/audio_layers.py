@@ -12,6 +12,7 @@ from seqssm.errors import UserError
 from seqssm.mixers import State
 
 PoolingKind = Literal["mean", "attention", "last"]
+Downsampling = Literal["stride", "max"]
 
 
 def real_positions(lengths: Tensor, size: int) -> Tensor | None:
@@ -58,12 +59,21 @@ class FrameStem(nn.Module):
         frame_group: g, frames a token.
         channels: of each layer.
         causal: whether it sees the past alone.
+        downsampling: by the convolutions' strides, or by maxima of what dense convolutions give, which costs more.
 
     Raises:
         UserError: more time strides than layers.
     """
 
-    def __init__(self, n_mels: int, d_model: int, frame_group: int, channels: list[int], causal: bool) -> None:
+    def __init__(
+        self,
+        n_mels: int,
+        d_model: int,
+        frame_group: int,
+        channels: list[int],
+        causal: bool,
+        downsampling: Downsampling = "stride",
+    ) -> None:
         super().__init__()
         strides = _factors(frame_group)
         if frame_group < 1 or not channels or min(channels) < 1 or len(strides) > len(channels):
@@ -71,7 +81,7 @@ class FrameStem(nn.Module):
                 f"model.frame_group {frame_group} takes {len(strides)} layers with a time stride, stem_channels has "
                 f"{len(channels)}: choose a frame_group such as 2, 4 or 8, or give more stem_channels"
             )
-        self.frame_group, self.causal = frame_group, causal
+        self.frame_group, self.causal, self.downsampling = frame_group, causal, downsampling
         self.strides = [*strides, *[1] * (len(channels) - len(strides))]
         bands, inputs = n_mels, [1, *channels[:-1]]
         self.convolutions = nn.ModuleList()
@@ -79,8 +89,11 @@ class FrameStem(nn.Module):
         self._inputs: list[tuple[int, int]] = []  # channels and bands that each layer reads
         for before, after, stride in zip(inputs, channels, self.strides, strict=True):
             self._inputs.append((before, bands))
-            kernel = (stride + 1 if stride > 1 else 3, 3)
-            self.convolutions.append(nn.Conv2d(before, after, kernel, (stride, 2), bias=False))
+            if downsampling == "max":
+                self.convolutions.append(nn.Conv2d(before, after, 3, bias=False))
+            else:
+                kernel = (stride + 1 if stride > 1 else 3, 3)
+                self.convolutions.append(nn.Conv2d(before, after, kernel, (stride, 2), bias=False))
             self.norms.append(MaskedBatchNorm(after))
             bands = -(-bands // 2)
         self.projection = nn.Linear(channels[-1] * bands, d_model)
@@ -97,9 +110,12 @@ class FrameStem(nn.Module):
             for i, (stride, (channels, bands)) in enumerate(zip(self.strides, self._inputs, strict=True))
         }
 
-    @staticmethod
-    def _past(stride: int) -> int:
-        return 1 if stride > 1 else 2
+    def _dense(self, stride: int) -> bool:
+        """Whether the layer's convolution gives something for every frame that it reads."""
+        return stride == 1 or self.downsampling == "max"
+
+    def _past(self, stride: int) -> int:
+        return 2 if self._dense(stride) else 1
 
     def forward(self, features: Tensor, lengths: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """Make tokens.
@@ -122,11 +138,16 @@ class FrameStem(nn.Module):
                 x = torch.cat([state[str(i)].to(x.dtype), x], dim=2)
                 new_state[str(i)] = x[:, :, x.shape[2] - past :].clone()
             # A strided layer needs one frame of the past; a dense one looks two back, or one to either side.
-            ahead = 0 if stride > 1 or self.causal else 1
+            ahead = 1 if self._dense(stride) and not self.causal else 0
             x = convolution(F.pad(x, (1, 1, 0 if state is not None else past - ahead, ahead)))
+            if self.downsampling == "max":
+                # Nothing is negative, so the zeros of the padding change no maximum.
+                x = _masked(F.relu(norm(x, real)), real)
+                x = F.max_pool2d(x, (stride, 2), ceil_mode=True)
             lengths = -(-lengths // stride)
             real = real_positions(lengths, x.shape[2])
-            x = _masked(F.relu(norm(x, real)), real)
+            if self.downsampling == "stride":
+                x = _masked(F.relu(norm(x, real)), real)
         return self.projection(x.transpose(1, 2).flatten(2)), new_state
 
 

@@ -12,7 +12,7 @@ from seqssm.backbone import BackboneConfig
 from seqssm.data.audio.batches import AudioBatch
 from seqssm.data.features import FeatureConfig
 from seqssm.errors import UserError
-from seqssm.tasks.audio_layers import PoolingKind
+from seqssm.tasks.audio_layers import Downsampling, PoolingKind
 from seqssm.tasks.base import CHECKPOINT_KEY, OptimizerConfig, Task
 from seqssm.tasks.distillation import Teacher
 from seqssm.tasks.tagging_metrics import TaggingScores, best_thresholds, class_scores, one_hot, write_class_table
@@ -33,6 +33,7 @@ class AudioTagging(TaggingNetwork, Task):
         backbone: the model; ``bidirectional: none`` without attention or with causal attention can run live.
         frame_group: frames a token, a product of strides: 2, 4 (40 ms) or 8.
         stem_channels: of the stem's convolutions, each of which halves the bands.
+        stem_downsampling: by strides of the stem's convolutions, or by maxima behind dense ones, which costs more.
         pooling: how frame scores become clip scores: their mean, a learnt weighting, or the last one.
         dropout: before the head.
         label_smoothing: share of the target spread evenly over the classes (over yes and no for several labels).
@@ -54,6 +55,7 @@ class AudioTagging(TaggingNetwork, Task):
         backbone: BackboneConfig = BackboneConfig(),  # noqa: B008 - frozen
         frame_group: int = 4,
         stem_channels: list[int] = [32, 64, 64],  # noqa: B006 - never written to
+        stem_downsampling: Downsampling = "stride",
         pooling: PoolingKind = "mean",
         dropout: float = 0.0,
         label_smoothing: float = 0.0,
@@ -71,6 +73,7 @@ class AudioTagging(TaggingNetwork, Task):
             backbone,
             frame_group=frame_group,
             stem_channels=stem_channels,
+            stem_downsampling=stem_downsampling,
             pooling=pooling,
             dropout=dropout,
             thresholds=thresholds,

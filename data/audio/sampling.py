@@ -18,7 +18,9 @@ from seqssm.data.audio.augment import (
     Masks,
     add_noise,
     change_level,
+    change_speed,
     draw_masks,
+    draw_response,
     mix,
     overlay,
     shift,
@@ -33,13 +35,15 @@ MAX_DRAWS = 20
 
 
 class Sample(NamedTuple):
-    """A clip or a mixture: samples (n,), target (classes,) or a class id, masks to apply, and what it was made of."""
+    """A clip or a mixture: samples (n,), target (classes,) or a class id, masks to apply, what it was made of, and the
+    response (mel,) in dB that comes before the masks."""
 
     samples: np.ndarray
     target: np.ndarray
     masks: Masks | None
     sources: tuple[int, ...]
     weights: tuple[float, ...]
+    response: np.ndarray | None = None
 
 
 @dataclass
@@ -208,14 +212,16 @@ class TrainingClips(Dataset[Sample]):
         else:
             members, weights = (first,), (1.0,)
             samples, shares = self._read(first, rng), self.split.targets[first]
-        masks = None
+        masks = response = None
         if augment is not None:
             samples = change_level(samples, augment, rng)
             if rng.random() < augment.noise:
                 noise = self.noise[int(rng.integers(len(self.noise)))] if self.noise else None
                 samples = add_noise(samples, noise, augment, rng)
             masks = draw_masks(augment, self.features, self.features.frames(len(samples)), rng)
-        return Sample(samples, _target(shares, self.several), masks, members, weights)
+            if augment.equalizer_db:
+                response = draw_response(augment, self.features, rng)
+        return Sample(samples, _target(shares, self.several), masks, members, weights, response)
 
     def _read(self, position: int, rng: np.random.Generator) -> np.ndarray:
         store, number = self.split.store, int(self.split.numbers[position])
@@ -224,7 +230,11 @@ class TrainingClips(Dataset[Sample]):
             samples = store.read(number, int(rng.integers(0, available - self.crop, endpoint=True)), self.crop)
         else:
             samples = store[number]
-        return samples if self.augment is None else shift(samples, self.augment, store.sample_rate, rng)
+        if self.augment is None:
+            return samples
+        if self.augment.speed:
+            samples = change_speed(samples, self.augment, rng)
+        return shift(samples, self.augment, store.sample_rate, rng)
 
 
 def _target(shares: np.ndarray, several: bool) -> np.ndarray:
@@ -239,7 +249,16 @@ def collate(samples: Sequence[Sample]) -> SampleBatch:
     width = max(len(sample.sources) for sample in samples)
     sources = torch.tensor([[*sample.sources, *(-1,) * (width - len(sample.sources))] for sample in samples])
     weights = torch.tensor([[*sample.weights, *(0.0,) * (width - len(sample.weights))] for sample in samples])
-    return SampleBatch(padded, counts, labels, sources, weights, *_stacked_masks(samples))
+    responses = [sample.response for sample in samples if sample.response is not None]
+    return SampleBatch(
+        padded,
+        counts,
+        labels,
+        sources,
+        weights,
+        *_stacked_masks(samples),
+        torch.from_numpy(np.stack(responses)) if len(responses) == len(samples) else None,
+    )
 
 
 def _stacked_masks(samples: Sequence[Sample]) -> tuple[Tensor | None, Tensor | None]:
