@@ -14,7 +14,7 @@ from seqssm.data.features import FeatureConfig
 from seqssm.errors import UserError
 from seqssm.tasks.audio_layers import Downsampling, PoolingKind
 from seqssm.tasks.base import CHECKPOINT_KEY, OptimizerConfig, Task
-from seqssm.tasks.distillation import Teacher
+from seqssm.tasks.distillation import Teacher, find_teacher
 from seqssm.tasks.tagging_metrics import TaggingScores, best_thresholds, class_scores, one_hot, write_class_table
 from seqssm.tasks.tagging_network import TaggingNetwork
 
@@ -37,8 +37,8 @@ class AudioTagging(TaggingNetwork, Task):
         pooling: how frame scores become clip scores: their mean, a learnt weighting, or the last one.
         dropout: before the head.
         label_smoothing: share of the target spread evenly over the classes (over yes and no for several labels).
-        teacher: a CSV or NPY of a teacher's logits for the training clips, to learn from as well; see
-            :mod:`seqssm.tasks.distillation`.
+        teacher: what to learn from as well: one or several trained taggers (names, folders or ``.ckpt``), or a CSV or
+            NPY of logits for the training clips; see :mod:`seqssm.tasks.distillation`.
         teacher_weight: its share of the loss.
         teacher_temperature: both logits are divided by it in its part of the loss.
         thresholds: a class is present from this probability on; tuned on the validation clips after every epoch (best
@@ -59,7 +59,7 @@ class AudioTagging(TaggingNetwork, Task):
         pooling: PoolingKind = "mean",
         dropout: float = 0.0,
         label_smoothing: float = 0.0,
-        teacher: str | None = None,
+        teacher: str | list[str] | None = None,
         teacher_weight: float = 0.5,
         teacher_temperature: float = 1.0,
         thresholds: list[float] | None = None,
@@ -101,8 +101,14 @@ class AudioTagging(TaggingNetwork, Task):
 
     def on_fit_start(self) -> None:
         if self.teacher is not None:
-            datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-            self._teacher = Teacher.read(Path(self.teacher), datamodule.clips("train"), self.labels)
+            datamodule: Any = getattr(self.trainer, "datamodule", None)
+            self._teacher = find_teacher(
+                self.teacher,
+                clips=lambda: datamodule.clips("train"),
+                labels=self.labels,
+                features=self.features,
+                multi_label=self.multi_label,
+            )
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Mean loss of (b, c) logits; labels are (b,) class ids or (b, c) targets between 0 and 1."""
