@@ -21,7 +21,7 @@ import torch
 
 from seqssm.commands.interrupts import until_interrupted
 from seqssm.data.audio.live import ENCODINGS, LiveAudio
-from seqssm.data.audio.reading import blocks, open_audio
+from seqssm.data.audio.reading import blocks, cut_off, open_audio
 from seqssm.errors import UserError
 from seqssm.files import atomic_write
 from seqssm.tasks.events import FORMATS, Change, EventWriter, ended
@@ -177,6 +177,9 @@ def _tag_file(args: argparse.Namespace, network: TaggingNetwork, path: Path) -> 
         write(changes)
         if overview is not None:
             overview.add_events(ended(changes))
+    missing = cut_off(path)
+    if missing:
+        _note(f"{path} is cut off: its header promises {missing:,} more bytes")
     if not loudest:
         _note(f"{path} is silent")
     if clipped > CLIPPED_SHARE * heard * channels:
