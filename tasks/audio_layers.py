@@ -16,13 +16,17 @@ Downsampling = Literal["stride", "max"]
 
 
 def real_positions(lengths: Tensor, size: int) -> Tensor | None:
-    """(b, size) True where a position is no padding; None when nothing is padded."""
+    """(b, size) True where a position is no padding; None where it is known that nothing is padded."""
     real = torch.arange(size, device=lengths.device) < lengths[:, None]
-    return None if bool(real.all()) else real
+    # To ask a GPU would be to wait for it.
+    return None if lengths.device.type == "cpu" and bool(real.all()) else real
 
 
 class MaskedBatchNorm(nn.Module):
-    """Batch normalisation over (b, t, f) of x (b, c, t, f) that leaves padding out of its statistics."""
+    """Batch normalisation over (b, t, f) of x (b, c, t, f) that leaves padding out of its statistics.
+
+    What it gives at padded positions means nothing.
+    """
 
     running_mean: Tensor
     running_var: Tensor
@@ -36,15 +40,20 @@ class MaskedBatchNorm(nn.Module):
 
     def forward(self, x: Tensor, real: Tensor | None) -> Tensor:
         if not self.training or real is None:
-            return self._normalize(x)
-        y = torch.zeros_like(x)
-        y.transpose(1, 2)[real] = self._normalize(x.transpose(1, 2)[real]).to(y.dtype)  # (positions, c, f)
-        return y
-
-    def _normalize(self, x: Tensor) -> Tensor:
-        return F.batch_norm(
-            x, self.running_mean, self.running_var, self.weight, self.bias, self.training, self.momentum, self.eps
-        )
+            return F.batch_norm(
+                x, self.running_mean, self.running_var, self.weight, self.bias, self.training, self.momentum, self.eps
+            )
+        # Sums under a mask: to pick the real positions would wait for a GPU to say how many there are.
+        mask = real[:, None, :, None]
+        count = real.sum() * x.shape[3]
+        mean = x.float().masked_fill(~mask, 0).sum((0, 2, 3)) / count
+        centred = (x - mean[:, None, None]).masked_fill(~mask, 0)
+        variance = centred.square().sum((0, 2, 3)) / count
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * count / (count - 1).clamp(min=1), self.momentum)
+        scale = self.weight * (variance + self.eps).rsqrt()
+        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
 
 
 class FrameStem(nn.Module):
