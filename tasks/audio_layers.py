@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from seqssm.errors import UserError
 from seqssm.mixers import State
 
-PoolingKind = Literal["mean", "attention", "last"]
+PoolingKind = Literal["mean", "mean_max", "attention", "last"]
 Downsampling = Literal["stride", "max"]
 
 
@@ -177,13 +177,15 @@ def _factors(number: int) -> list[int]:
 
 
 class Pooling(nn.Module):
-    """Clip scores as a weighted mean of frame scores: equal weights, learnt ones, or all on the last frame.
+    """Clip scores as a weighted mean of frame scores: equal weights, learnt ones, or all on the last frame; or halfway
+    between the mean and the greatest score, so that a short event in a long silence counts.
 
     Learnt weights are the softmax over time of a linear map, a class each. The running form carries the sum of the
-    weights, the weighted sum and the largest exponent, so that a stream of any length takes constant memory.
+    weights, the weighted sum, the largest exponent and the greatest score, so that a stream of any length takes
+    constant memory.
 
     Args:
-        kind: ``mean``, ``attention`` or ``last``.
+        kind: ``mean``, ``mean_max``, ``attention`` or ``last``.
         d_model: width of what the weights are computed from.
         classes: number of scores c.
     """
@@ -199,17 +201,21 @@ class Pooling(nn.Module):
     def init_state(self, batch: int, device: torch.device | str | None = None) -> State:
         """Nothing pooled yet. Sums are float64: ten hours are a million frames."""
         zeros = torch.zeros(batch, self.classes, dtype=torch.float64, device=device)
-        return {"peak": torch.full_like(zeros, -torch.inf), "weight": zeros, "total": zeros.clone()}
+        state = {"peak": torch.full_like(zeros, -torch.inf), "weight": zeros, "total": zeros.clone()}
+        return {**state, "highest": torch.full_like(zeros, -torch.inf)} if self.kind == "mean_max" else state
 
     def forward(self, logits: Tensor, y: Tensor, lengths: Tensor) -> Tensor:
         """Pool (b, t, c) frame logits, with y (b, t, d) behind them, over the first ``lengths`` (b,): (b, c)."""
         if self.kind == "last":
             return logits[torch.arange(len(logits), device=logits.device), lengths - 1]
         real = real_positions(lengths, logits.shape[1])
-        if self.kind == "mean":
-            if real is not None:
-                logits = logits.masked_fill(~real[..., None], 0)
-            return logits.sum(1) / lengths[:, None]
+        if self.kind in ("mean", "mean_max"):
+            known = logits if real is None else logits.masked_fill(~real[..., None], 0)
+            mean = known.sum(1) / lengths[:, None]
+            if self.kind == "mean":
+                return mean
+            known = logits if real is None else logits.masked_fill(~real[..., None], -torch.inf)
+            return (mean + known.amax(1)) / 2
         exponents = self.attention(y)
         if real is not None:
             exponents = exponents.masked_fill(~real[..., None], -torch.inf)
@@ -226,8 +232,13 @@ class Pooling(nn.Module):
             weights = (exponents - peak[:, None]).exp()  # (b, t, c)
             kept = (state["peak"] - peak).exp()
             state = {
+                **state,
                 "peak": peak,
                 "weight": state["weight"] * kept + weights.sum(1),
                 "total": state["total"] * kept + (weights * logits).sum(1),
             }
-        return (state["total"] / state["weight"]).to(logits.dtype), state
+        clip = state["total"] / state["weight"]
+        if self.kind == "mean_max":
+            state = {**state, "highest": torch.maximum(state["highest"], logits.amax(1))}
+            clip = (clip + state["highest"]) / 2
+        return clip.to(logits.dtype), state

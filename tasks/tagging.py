@@ -34,7 +34,8 @@ class AudioTagging(TaggingNetwork, Task):
         frame_group: frames a token, a product of strides: 2, 4 (40 ms) or 8.
         stem_channels: of the stem's convolutions, each of which halves the bands.
         stem_downsampling: by strides of the stem's convolutions, or by maxima behind dense ones, which costs more.
-        pooling: how frame scores become clip scores: their mean, a learnt weighting, or the last one.
+        pooling: how frame scores become clip scores: their mean, halfway from there to the greatest (``mean_max``), a
+            learnt weighting, or the last one.
         dropout: before the head.
         label_smoothing: share of the target spread evenly over the classes (over yes and no for several labels).
         teacher: what to learn from as well: one or several trained taggers (names, folders or ``.ckpt``), or a CSV or

@@ -34,6 +34,8 @@ class AugmentConfig:
         equalizer_db: a random smooth response in frequency, as another room or microphone has, of up to so much.
         noise: share of the clips that get noise: of `noise_path` where that is set, else white to brown.
         noise_snr_db: least and greatest signal-to-noise ratio of it.
+        empty: share of the clips that are such noise alone, soft or loud, with no label (where clips have exactly one:
+            with equal shares of all), so that a background is no event.
     """
 
     mixup: float = 0.5
@@ -48,9 +50,10 @@ class AugmentConfig:
     equalizer_db: float = 0.0
     noise: float = 0.2
     noise_snr_db: tuple[float, float] = (10.0, 40.0)
+    empty: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("mixup", "noise", "mel_mask_fraction"):
+        for name in ("mixup", "noise", "mel_mask_fraction", "empty"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"augment.{name} is {getattr(self, name)}: it must lie between 0 and 1")
         for name in ("time_masks", "time_mask_s", "mel_masks", "gain_db", "shift_s", "speed", "equalizer_db"):
@@ -143,6 +146,16 @@ def add_noise(
     if level == 0 or noise_level == 0:
         return samples
     return samples + made * np.float32(level / noise_level * 10 ** (-snr_db / 20))
+
+
+EMPTY_LEVEL_DB = (-80.0, -30.0)  # of clips that are noise alone, relative to full scale
+
+
+def only_noise(count: int, noise: np.ndarray | None, rng: np.random.Generator) -> np.ndarray:
+    """Noise (count,) at a random level: a random stretch of a recording (m,), or made with a random slope."""
+    made = coloured_noise(count, rng) if noise is None else stretch(noise, count, rng)
+    level = rms(made)
+    return made * np.float32(10 ** (rng.uniform(*EMPTY_LEVEL_DB) / 20) / level) if level else made
 
 
 def coloured_noise(count: int, rng: np.random.Generator, slope: float | None = None) -> np.ndarray:

@@ -22,6 +22,7 @@ from seqssm.data.audio.augment import (
     draw_masks,
     draw_response,
     mix,
+    only_noise,
     overlay,
     shift,
 )
@@ -127,7 +128,8 @@ class TrainingClips(Dataset[Sample]):
     Args:
         split: the train clips.
         features: of which masks are drawn.
-        several: targets are vectors, of zeros and ones or of shares; always so with mixup.
+        several: clips have any number of labels: targets are vectors of zeros and ones, or of shares; with mixup, and
+            where some clips are empty, they are vectors in any case.
         clips_per_epoch: items to an epoch.
         seed: of everything.
         crop_s: a random stretch of longer clips.
@@ -153,7 +155,8 @@ class TrainingClips(Dataset[Sample]):
     ) -> None:
         self.split = split
         self.features = features
-        self.several = several or (augment is not None and augment.mixup > 0 and mix_clips is None)
+        soft = augment is not None and (augment.empty > 0 or (augment.mixup > 0 and mix_clips is None))
+        self.multi_label, self.several = several, several or soft
         self.clips_per_epoch = clips_per_epoch
         self.seed = seed
         self.crop = None if crop_s is None else max(1, round(crop_s * features.sample_rate))
@@ -199,7 +202,12 @@ class TrainingClips(Dataset[Sample]):
         first = int(self._order(epoch)[at])
         rng = np.random.default_rng([self.seed, item, 2])
         augment = self.augment
-        if self.mix_clips is not None:
+        if augment is not None and augment.empty and rng.random() < augment.empty:
+            members, weights = (first,), (0.0,)
+            samples = only_noise(len(self._read(first, rng)), self._some_noise(rng), rng)
+            classes = self.split.targets.shape[1]
+            shares = np.full(classes, 0.0 if self.multi_label else 1 / classes, np.float32)
+        elif self.mix_clips is not None:
             members = self.split.draw_mixture(first, self.mix_clips, rng)
             samples = overlay([self._read(i, rng) for i in members], rng)
             shares, weights = np.any(self.split.targets[list(members)], axis=0), (1.0,) * len(members)
@@ -216,12 +224,14 @@ class TrainingClips(Dataset[Sample]):
         if augment is not None:
             samples = change_level(samples, augment, rng)
             if rng.random() < augment.noise:
-                noise = self.noise[int(rng.integers(len(self.noise)))] if self.noise else None
-                samples = add_noise(samples, noise, augment, rng)
+                samples = add_noise(samples, self._some_noise(rng), augment, rng)
             masks = draw_masks(augment, self.features, self.features.frames(len(samples)), rng)
             if augment.equalizer_db:
                 response = draw_response(augment, self.features, rng)
         return Sample(samples, _target(shares, self.several), masks, members, weights, response)
+
+    def _some_noise(self, rng: np.random.Generator) -> np.ndarray | None:
+        return self.noise[int(rng.integers(len(self.noise)))] if self.noise else None
 
     def _read(self, position: int, rng: np.random.Generator) -> np.ndarray:
         store, number = self.split.store, int(self.split.numbers[position])

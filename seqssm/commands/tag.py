@@ -55,6 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     events.add_argument("--min-duration-s", type=float, default=0.2, help="shorter events are dropped (default: 0.2)")
     events.add_argument("--max-gap-s", type=float, default=0.3, help="events so close are one (default: 0.3)")
+    events.add_argument(
+        "--smooth-s", type=float, default=0.5, help="probabilities are averaged over so much first (default: 0.5)"
+    )
     live = parser.add_argument_group("live")
     live.add_argument("--live", action="store_true", help="print events as they begin and end")
     live.add_argument("--rate", type=int, help="Hz, of raw PCM")
@@ -120,6 +123,7 @@ def _listener(args: argparse.Namespace, network: TaggingNetwork) -> Listener:
         off_ratio=args.off_ratio,
         min_duration_s=args.min_duration_s,
         max_gap_s=args.max_gap_s,
+        smooth_s=args.smooth_s,
     )
 
 

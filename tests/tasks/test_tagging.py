@@ -55,7 +55,7 @@ def batch_of(parts: list[torch.Tensor], extra: int = 0, fill: float = 0.0) -> tu
 # ---- padding and neighbours -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("pooling", ["mean", "attention", "last"])
+@pytest.mark.parametrize("pooling", ["mean", "mean_max", "attention", "last"])
 @pytest.mark.parametrize("bidirectional", ["none", "tied", "untied"])
 @pytest.mark.parametrize("downsampling", ["stride", "max"])
 @torch.no_grad()

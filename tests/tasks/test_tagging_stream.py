@@ -13,7 +13,7 @@ from seqssm.tasks.tagging_stream import LiveTagger, StreamingTagger, Tagger, Win
 
 RATE = 8000
 FEATURES = FeatureConfig(sample_rate=RATE, n_mels=16, mean=-6.0, std=4.0)
-POOLINGS = ["mean", "attention", "last"]
+POOLINGS = ["mean", "mean_max", "attention", "last"]
 
 
 def make_task(pooling: str = "mean", bidirectional: str = "none", pattern: str = "m", **changes) -> AudioTagging:
