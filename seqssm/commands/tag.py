@@ -152,7 +152,7 @@ def _tag_file(args: argparse.Namespace, network: TaggingNetwork, path: Path) -> 
     with open_audio(path) as file:
         n_samples, rate, channels = file.frames, file.samplerate, file.channels
     listener = _listener(args, network)
-    overview = Overview(n_samples / rate, network.features.n_mels, len(network.labels)) if args.report else None
+    overview = Overview(n_samples / rate, network.features, len(network.labels)) if args.report else None
     network.prepare_for(round(n_samples / rate / network.token_s))
     tagger: Tagger = make_tagger(network, rate, args.window_s)
     hop_s = network.features.hop_samples / network.features.sample_rate
