@@ -42,6 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", type=int, default=5, help="tags a file (default: 5)")
     parser.add_argument("--output", "-o", type=Path, help="TSV file for the tags; default: standard output")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    parser.add_argument(
+        "--threads", type=int, help="of the CPU; default: one with --live, whose chunks are small, else all"
+    )
     parser.add_argument("--skip-bad", action="store_true", help="go on past files that cannot be read, and count them")
     parser.add_argument("--window-s", type=float, default=30.0, help="of a model that reads both ways (default: 30)")
     files = parser.add_argument_group("files beside the tags")
@@ -75,6 +78,10 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--top-k is {args.top_k}: ask for one tag at least")
     if args.events or args.report:
         _check_names(args.files, args.folder)
+    if args.threads is not None and args.threads < 1:
+        raise UserError(f"--threads is {args.threads}: one at least")
+    if args.threads or args.live:
+        torch.set_num_threads(args.threads or 1)
     args.checkpoint = checkpoint_or_default(args.checkpoint, TaggingNetwork)
     network = load_network(args.checkpoint, TaggingNetwork).to(args.device)
     if args.live:
