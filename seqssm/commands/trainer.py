@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -101,8 +102,11 @@ class TaskCLI(LightningCLI):
             if self.trainer.state.status != TrainerStatus.INTERRUPTED:
                 raise
             if subcommand == "fit":
-                callback: Any = self.trainer.checkpoint_callback
-                last = getattr(callback, "last_model_path", "") or getattr(callback, "best_model_path", "")
+                callbacks: list[Any] = self.trainer.checkpoint_callbacks
+                saved = [
+                    getattr(one, "last_model_path", "") or getattr(one, "best_model_path", "") for one in callbacks
+                ]
+                last = max(filter(None, saved), key=os.path.getmtime, default="")
                 found = (
                     f"go on from its last checkpoint with --ckpt_path {last}" if last else "there is no checkpoint yet"
                 )
