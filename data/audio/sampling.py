@@ -202,6 +202,8 @@ class TrainingClips(Dataset[Sample]):
         first = int(self._order(epoch)[at])
         rng = np.random.default_rng([self.seed, item, 2])
         augment = self.augment
+        members: tuple[int, ...]
+        weights: tuple[float, ...]
         if augment is not None and augment.empty and rng.random() < augment.empty:
             members, weights = (first,), (0.0,)
             samples = only_noise(len(self._read(first, rng)), self._some_noise(rng), rng)
