@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.nn.functional as F
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from seqssm.backbone import BackboneConfig
@@ -170,7 +171,7 @@ class AudioTagging(TaggingNetwork, Task):
             return
         scores = class_scores(probabilities, targets)
         write_class_table(Path(folder) / f"per_class_{split}.csv", self.labels, scores, self.thresholds)
-        if not self.multi_label:
+        if not self.multi_label and self.trainer.state.fn != TrainerFn.FITTING:  # a picture takes as long as an epoch
             from torchmetrics.functional.classification import multiclass_confusion_matrix
 
             from seqssm.tasks.plots import confusion_matrix_png
