@@ -239,6 +239,9 @@ def test_learns_tones_and_keeps_thresholds_and_features_with_the_weights(multi_l
     table = (tmp_path / "per_class_val.csv").read_text().splitlines()
     assert table[0] == "label,clips,average_precision,auroc,threshold"
     assert [row.split(",")[0] for row in table[1:]] == ["a", "b", "c"]
+    assert not (tmp_path / "confusion_val.png").exists()
+    loader = DataLoader(tones(24, 1, multi_label), batch_size=8, collate_fn=collate)
+    trainer.validate(again, loader, verbose=False)
     assert (tmp_path / "confusion_val.png").is_file() != multi_label
 
 
