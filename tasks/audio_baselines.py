@@ -18,6 +18,9 @@ from seqssm.tasks.audio_layers import MaskedBatchNorm, real_positions
 from seqssm.tasks.baselines import Baseline, Majority, Progress
 from seqssm.tasks.tagging_metrics import class_scores, one_hot
 
+KEPT_BYTES = 2**29
+"""Features of a split that are kept once they have been computed: an hour and a half of 64 bands."""
+
 
 class Clips:
     """The clips of a split, as their DataModule's loaders give them.
@@ -30,6 +33,7 @@ class Clips:
 
     def __init__(self, datamodule: Any, split: str, classes: int) -> None:
         self.datamodule, self.split, self.classes = datamodule, split, classes
+        self._kept: list[AudioBatch] | None = None
         self._labels: NDArray[Any] | None = None
         self._spectra: NDArray[np.float64] | None = None
 
@@ -37,8 +41,18 @@ class Clips:
         return len(self.datamodule.clips(self.split))
 
     def batches(self) -> Iterator[AudioBatch]:
-        """All clips once, in order, as they are."""
-        yield from self._ready(self.datamodule.ordered_loader(self.split))
+        """All clips once, in order, as they are; read once, where they are few."""
+        if self._kept is not None:
+            yield from self._kept
+            return
+        kept, size = [], 0
+        for batch in self._ready(self.datamodule.ordered_loader(self.split)):
+            size += batch.features.nbytes
+            if size <= KEPT_BYTES:
+                kept.append(batch)
+            yield batch
+        if size <= KEPT_BYTES:
+            self._kept = kept
 
     def training_batches(self, epoch: int) -> Iterator[AudioBatch]:
         """An epoch of what the model was trained on, augmentation included."""

@@ -11,17 +11,22 @@ from torch import Tensor, nn
 from seqssm.errors import UserError
 from seqssm.mixers import State
 
-PoolingKind = Literal["mean", "attention", "last"]
+PoolingKind = Literal["mean", "mean_max", "attention", "last"]
+Downsampling = Literal["stride", "max"]
 
 
 def real_positions(lengths: Tensor, size: int) -> Tensor | None:
-    """(b, size) True where a position is no padding; None when nothing is padded."""
+    """(b, size) True where a position is no padding; None where it is known that nothing is padded."""
     real = torch.arange(size, device=lengths.device) < lengths[:, None]
-    return None if bool(real.all()) else real
+    # To ask a GPU would be to wait for it.
+    return None if lengths.device.type == "cpu" and bool(real.all()) else real
 
 
 class MaskedBatchNorm(nn.Module):
-    """Batch normalisation over (b, t, f) of x (b, c, t, f) that leaves padding out of its statistics."""
+    """Batch normalisation over (b, t, f) of x (b, c, t, f) that leaves padding out of its statistics.
+
+    What it gives at padded positions means nothing.
+    """
 
     running_mean: Tensor
     running_var: Tensor
@@ -35,15 +40,20 @@ class MaskedBatchNorm(nn.Module):
 
     def forward(self, x: Tensor, real: Tensor | None) -> Tensor:
         if not self.training or real is None:
-            return self._normalize(x)
-        y = torch.zeros_like(x)
-        y.transpose(1, 2)[real] = self._normalize(x.transpose(1, 2)[real]).to(y.dtype)  # (positions, c, f)
-        return y
-
-    def _normalize(self, x: Tensor) -> Tensor:
-        return F.batch_norm(
-            x, self.running_mean, self.running_var, self.weight, self.bias, self.training, self.momentum, self.eps
-        )
+            return F.batch_norm(
+                x, self.running_mean, self.running_var, self.weight, self.bias, self.training, self.momentum, self.eps
+            )
+        # Sums under a mask: to pick the real positions would wait for a GPU to say how many there are.
+        mask = real[:, None, :, None]
+        count = real.sum() * x.shape[3]
+        mean = x.float().masked_fill(~mask, 0).sum((0, 2, 3)) / count
+        centred = (x - mean[:, None, None]).masked_fill(~mask, 0)
+        variance = centred.square().sum((0, 2, 3)) / count
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * count / (count - 1).clamp(min=1), self.momentum)
+        scale = self.weight * (variance + self.eps).rsqrt()
+        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
 
 
 class FrameStem(nn.Module):
@@ -58,12 +68,21 @@ class FrameStem(nn.Module):
         frame_group: g, frames a token.
         channels: of each layer.
         causal: whether it sees the past alone.
+        downsampling: by the convolutions' strides, or by maxima of what dense convolutions give, which costs more.
 
     Raises:
         UserError: more time strides than layers.
     """
 
-    def __init__(self, n_mels: int, d_model: int, frame_group: int, channels: list[int], causal: bool) -> None:
+    def __init__(
+        self,
+        n_mels: int,
+        d_model: int,
+        frame_group: int,
+        channels: list[int],
+        causal: bool,
+        downsampling: Downsampling = "stride",
+    ) -> None:
         super().__init__()
         strides = _factors(frame_group)
         if frame_group < 1 or not channels or min(channels) < 1 or len(strides) > len(channels):
@@ -71,7 +90,7 @@ class FrameStem(nn.Module):
                 f"model.frame_group {frame_group} takes {len(strides)} layers with a time stride, stem_channels has "
                 f"{len(channels)}: choose a frame_group such as 2, 4 or 8, or give more stem_channels"
             )
-        self.frame_group, self.causal = frame_group, causal
+        self.frame_group, self.causal, self.downsampling = frame_group, causal, downsampling
         self.strides = [*strides, *[1] * (len(channels) - len(strides))]
         bands, inputs = n_mels, [1, *channels[:-1]]
         self.convolutions = nn.ModuleList()
@@ -79,8 +98,11 @@ class FrameStem(nn.Module):
         self._inputs: list[tuple[int, int]] = []  # channels and bands that each layer reads
         for before, after, stride in zip(inputs, channels, self.strides, strict=True):
             self._inputs.append((before, bands))
-            kernel = (stride + 1 if stride > 1 else 3, 3)
-            self.convolutions.append(nn.Conv2d(before, after, kernel, (stride, 2), bias=False))
+            if downsampling == "max":
+                self.convolutions.append(nn.Conv2d(before, after, 3, bias=False))
+            else:
+                kernel = (stride + 1 if stride > 1 else 3, 3)
+                self.convolutions.append(nn.Conv2d(before, after, kernel, (stride, 2), bias=False))
             self.norms.append(MaskedBatchNorm(after))
             bands = -(-bands // 2)
         self.projection = nn.Linear(channels[-1] * bands, d_model)
@@ -97,9 +119,12 @@ class FrameStem(nn.Module):
             for i, (stride, (channels, bands)) in enumerate(zip(self.strides, self._inputs, strict=True))
         }
 
-    @staticmethod
-    def _past(stride: int) -> int:
-        return 1 if stride > 1 else 2
+    def _dense(self, stride: int) -> bool:
+        """Whether the layer's convolution gives something for every frame that it reads."""
+        return stride == 1 or self.downsampling == "max"
+
+    def _past(self, stride: int) -> int:
+        return 2 if self._dense(stride) else 1
 
     def forward(self, features: Tensor, lengths: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """Make tokens.
@@ -122,11 +147,16 @@ class FrameStem(nn.Module):
                 x = torch.cat([state[str(i)].to(x.dtype), x], dim=2)
                 new_state[str(i)] = x[:, :, x.shape[2] - past :].clone()
             # A strided layer needs one frame of the past; a dense one looks two back, or one to either side.
-            ahead = 0 if stride > 1 or self.causal else 1
+            ahead = 1 if self._dense(stride) and not self.causal else 0
             x = convolution(F.pad(x, (1, 1, 0 if state is not None else past - ahead, ahead)))
+            if self.downsampling == "max":
+                # Nothing is negative, so the zeros of the padding change no maximum.
+                x = _masked(F.relu(norm(x, real)), real)
+                x = F.max_pool2d(x, (stride, 2), ceil_mode=True)
             lengths = -(-lengths // stride)
             real = real_positions(lengths, x.shape[2])
-            x = _masked(F.relu(norm(x, real)), real)
+            if self.downsampling == "stride":
+                x = _masked(F.relu(norm(x, real)), real)
         return self.projection(x.transpose(1, 2).flatten(2)), new_state
 
 
@@ -147,13 +177,15 @@ def _factors(number: int) -> list[int]:
 
 
 class Pooling(nn.Module):
-    """Clip scores as a weighted mean of frame scores: equal weights, learnt ones, or all on the last frame.
+    """Clip scores as a weighted mean of frame scores: equal weights, learnt ones, or all on the last frame; or halfway
+    between the mean and the greatest score, so that a short event in a long silence counts.
 
     Learnt weights are the softmax over time of a linear map, a class each. The running form carries the sum of the
-    weights, the weighted sum and the largest exponent, so that a stream of any length takes constant memory.
+    weights, the weighted sum, the largest exponent and the greatest score, so that a stream of any length takes
+    constant memory.
 
     Args:
-        kind: ``mean``, ``attention`` or ``last``.
+        kind: ``mean``, ``mean_max``, ``attention`` or ``last``.
         d_model: width of what the weights are computed from.
         classes: number of scores c.
     """
@@ -169,17 +201,21 @@ class Pooling(nn.Module):
     def init_state(self, batch: int, device: torch.device | str | None = None) -> State:
         """Nothing pooled yet. Sums are float64: ten hours are a million frames."""
         zeros = torch.zeros(batch, self.classes, dtype=torch.float64, device=device)
-        return {"peak": torch.full_like(zeros, -torch.inf), "weight": zeros, "total": zeros.clone()}
+        state = {"peak": torch.full_like(zeros, -torch.inf), "weight": zeros, "total": zeros.clone()}
+        return {**state, "highest": torch.full_like(zeros, -torch.inf)} if self.kind == "mean_max" else state
 
     def forward(self, logits: Tensor, y: Tensor, lengths: Tensor) -> Tensor:
         """Pool (b, t, c) frame logits, with y (b, t, d) behind them, over the first ``lengths`` (b,): (b, c)."""
         if self.kind == "last":
             return logits[torch.arange(len(logits), device=logits.device), lengths - 1]
         real = real_positions(lengths, logits.shape[1])
-        if self.kind == "mean":
-            if real is not None:
-                logits = logits.masked_fill(~real[..., None], 0)
-            return logits.sum(1) / lengths[:, None]
+        if self.kind in ("mean", "mean_max"):
+            known = logits if real is None else logits.masked_fill(~real[..., None], 0)
+            mean = known.sum(1) / lengths[:, None]
+            if self.kind == "mean":
+                return mean
+            known = logits if real is None else logits.masked_fill(~real[..., None], -torch.inf)
+            return (mean + known.amax(1)) / 2
         exponents = self.attention(y)
         if real is not None:
             exponents = exponents.masked_fill(~real[..., None], -torch.inf)
@@ -196,8 +232,13 @@ class Pooling(nn.Module):
             weights = (exponents - peak[:, None]).exp()  # (b, t, c)
             kept = (state["peak"] - peak).exp()
             state = {
+                **state,
                 "peak": peak,
                 "weight": state["weight"] * kept + weights.sum(1),
                 "total": state["total"] * kept + (weights * logits).sum(1),
             }
-        return (state["total"] / state["weight"]).to(logits.dtype), state
+        clip = state["total"] / state["weight"]
+        if self.kind == "mean_max":
+            state = {**state, "highest": torch.maximum(state["highest"], logits.amax(1))}
+            clip = (clip + state["highest"]) / 2
+        return clip.to(logits.dtype), state

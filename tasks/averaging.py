@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import chain
+from typing import Any
+
+import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class RunningAverage(WeightAveraging):
@@ -19,18 +23,38 @@ class RunningAverage(WeightAveraging):
 
     def __init__(self, decay: float = 0.998) -> None:
         self.decay = decay
-        self._step = 0
-        super().__init__(multi_avg_fn=self._average)
+        super().__init__()
 
     def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
         """After every optimizer step."""
-        self._step = step_idx or 0
         return step_idx is not None
 
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Keep the average where the model is: it was made before the model was moved, and would have every step wait
+        for each weight to be copied."""
+        assert self._average_model is not None
+        self._average_model.to(pl_module.device)
+
     @torch.no_grad()
-    def _average(self, averages: list[Tensor], weights: list[Tensor], _: Tensor | int) -> None:
-        if not averages[0].is_floating_point():  # counters of the norms
-            torch._foreach_copy_(averages, weights)
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Average after an optimizer step, without asking the device how often that has been done."""
+        done = trainer.global_step
+        if done <= self._latest_update_step or not self.should_update(step_idx=done - 1):
             return
-        kept = min(self.decay, (1 + self._step) / (10 + self._step))
-        torch._foreach_lerp_(averages, weights, 1 - kept)
+        assert self._average_model is not None
+        kept = min(self.decay, done / (done + 9)) if self._latest_update_step else 0.0
+        pairs = zip(_tensors(self._average_model.module), _tensors(pl_module), strict=True)
+        floats, others = [], []  # the others are counters of the norms
+        for average, weight in pairs:
+            (floats if average.is_floating_point() else others).append((average, weight))
+        torch._foreach_lerp_(*map(list, zip(*floats, strict=True)), 1 - kept)
+        if others:
+            torch._foreach_copy_(*map(list, zip(*others, strict=True)))
+        self._average_model.n_averaged += 1
+        self._latest_update_step = done
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [tensor.detach() for tensor in chain(module.parameters(), module.buffers())]

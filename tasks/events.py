@@ -53,6 +53,11 @@ class EventDetector:
         off: (c,) the lower ones that it must stay at.
         min_duration_s: shortest event.
         max_gap_s: longest gap within one.
+        smooth_s: probabilities are averaged over so much around each token before they are looked at, half of it to
+            come, so that answers come that much later and events do not flicker.
+
+    Attributes:
+        position: tokens looked at.
 
     Raises:
         UserError: a setting makes no sense.
@@ -66,17 +71,21 @@ class EventDetector:
         off: Sequence[float] | NDArray[np.floating],
         min_duration_s: float = 0.2,
         max_gap_s: float = 0.3,
+        smooth_s: float = 0.0,
     ) -> None:
         self.labels, self.token_s = list(labels), token_s
         self.on, self.off = np.asarray(on, np.float64), np.asarray(off, np.float64)
         if (self.off > self.on).any() or (self.on <= 0).any():
             raise UserError("an event's lower threshold must not lie above its upper one, which must be above 0")
-        if min_duration_s < 0 or max_gap_s < 0:
-            raise UserError("the minimum duration and the gap of an event must not be negative")
+        if min_duration_s < 0 or max_gap_s < 0 or smooth_s < 0:
+            raise UserError("the minimum duration, the gap and the smoothing of events must not be negative")
         self.min_tokens = round(min_duration_s / token_s)
         self.max_gap = round(max_gap_s / token_s)
         classes = len(self.labels)
-        self.position = 0  # tokens heard
+        self.reach = round(smooth_s / token_s / 2)  # tokens to either side of one that is smoothed
+        self._recent = np.zeros((0, classes))  # the last tokens, those before `position` that its mean needs included
+        self.position = 0
+        self._total = np.inf  # tokens of the whole, once that is known
         self._run = np.full(classes, -1, np.int64)  # where the present run began; -1: none
         self._run_sum = np.zeros(classes)
         self._run_peak = np.zeros(classes)
@@ -90,8 +99,27 @@ class EventDetector:
 
     def accept(self, probabilities: NDArray[np.floating]) -> list[Change]:
         """Hear the next tokens, (t, c) probabilities; what began and ended, in the order in which it could be told."""
+        return self._look(self._smoothed(np.asarray(probabilities, np.float64), at_end=False))
+
+    def _smoothed(self, table: NDArray[np.float64], at_end: bool) -> NDArray[np.float64]:
+        """Means (n, c) around the tokens that have become ready; at the beginning and the end, of what there is."""
+        if not self.reach:
+            return table
+        past = min(self.reach, self.position)
+        known = np.concatenate([self._recent, table])  # from token `position - past` on
+        ready = max(0, len(known) - past - (0 if at_end else self.reach))
+        padded = np.pad(known, ((self.reach - past, self.reach), (0, 0)))
+        exists = np.pad(np.ones(len(known)), (self.reach - past, self.reach))
+        total, count = np.zeros((ready, known.shape[1])), np.zeros(ready)
+        for shift in range(2 * self.reach + 1):  # one after another: the rounding is the same however they come
+            total += padded[shift : shift + ready]
+            count += exists[shift : shift + ready]
+        first = past + ready - min(self.reach, self.position + ready)
+        self._recent = known[first:]
+        return total / np.maximum(count, 1)[:, None]
+
+    def _look(self, table: NDArray[np.float64]) -> list[Change]:
         changes: list[Change] = []
-        table = np.asarray(probabilities, np.float64)
         above = table >= self.off
         quiet: NDArray[np.bool_] = np.logical_not(above.any(axis=1))
         for t in range(len(table)):
@@ -116,7 +144,7 @@ class EventDetector:
         waited = np.where(self._run >= 0, self._run, self.position + 1) - self._end
         over = (self._start >= 0) & ~self._hot & (waited > self.max_gap)
         for c in np.flatnonzero(over):
-            self._finish(int(c), changes, self.position + 1)
+            self._finish(int(c), changes, self._heard(self.position + 1))
         heating = above & ~self._hot & (p >= self.on)
         for c in np.flatnonzero(heating):
             if self._start[c] < 0:
@@ -137,15 +165,23 @@ class EventDetector:
             if self._end[c] - self._start[c] >= self.min_tokens:
                 self._told[c] = True
                 start_s = round(float(self._start[c] * self.token_s), 6)
-                changes.append(Change("begin", self.labels[c], start_s, round(self.position * self.token_s, 6)))
+                heard_s = round(self._heard(self.position) * self.token_s, 6)
+                changes.append(Change("begin", self.labels[c], start_s, heard_s))
+
+    def _heard(self, position: int) -> int:
+        """Tokens that must have come before the one at ``position`` can be looked at."""
+        return int(min(position + self.reach, self._total))
 
     def flush(self) -> list[Change]:
         """End of the stream: what was still going on ends."""
-        changes: list[Change] = []
+        rest = self._smoothed(np.zeros((0, len(self.labels))), at_end=True)
+        self._total = self.position + len(rest)
+        changes = self._look(rest)
         for c in np.flatnonzero(self._start >= 0):
             self._finish(int(c), changes, self.position)
         self._run[:] = -1
         self._hot[:] = False
+        self._recent, self._total = self._recent[:0], np.inf
         return changes
 
     def _finish(self, c: int, changes: list[Change], heard: int) -> None:

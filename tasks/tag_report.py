@@ -14,6 +14,7 @@ from urllib.parse import quote
 import numpy as np
 from numpy.typing import NDArray
 
+from seqssm.data.features import FeatureConfig
 from seqssm.tasks.events import Event
 
 if TYPE_CHECKING:
@@ -34,15 +35,16 @@ class Overview:
 
     Args:
         duration_s: of the recording.
-        n_mels: bands of a frame.
+        features: whose frames are shown.
         classes: number of classes.
     """
 
-    def __init__(self, duration_s: float, n_mels: int, classes: int) -> None:
+    def __init__(self, duration_s: float, features: FeatureConfig, classes: int) -> None:
         self.duration_s = max(duration_s, 1e-3)
+        self.band_hz = (features.low_hz, features.high_hz or features.sample_rate / 2)
         self.low = np.zeros(COLUMNS, np.float32)
         self.high = np.zeros(COLUMNS, np.float32)
-        self.spectrogram = np.zeros((COLUMNS, n_mels), np.float64)
+        self.spectrogram = np.zeros((COLUMNS, features.n_mels), np.float64)
         self.count = np.zeros(COLUMNS, np.int64)
         self.probabilities = np.zeros((COLUMNS, classes), np.float32)
         self.events: list[Event] = []
@@ -87,9 +89,12 @@ def overview_figure(overview: Overview, labels: Sequence[str], title: str) -> Fi
     """Waveform, spectrogram and the classes that were heard best, on one time axis."""
     from matplotlib.figure import Figure
 
-    heard = {event.label for event in overview.events}
+    first: dict[str, float] = {}
+    for event in sorted(overview.events, key=lambda event: event.start_s):
+        first.setdefault(event.label, event.start_s)
     peaks = overview.probabilities.max(0)
-    order = sorted(range(len(labels)), key=lambda c: (labels[c] not in heard, -peaks[c]))[:MAX_CLASSES]
+    order = sorted(range(len(labels)), key=lambda c: (labels[c] not in first, -peaks[c]))[:MAX_CLASSES]
+    order.sort(key=lambda c: (first.get(labels[c], np.inf), -peaks[c]))  # from the upper left to the lower right
     rows = len(order)
     figure = Figure(figsize=(12, 4.2 + 0.28 * rows), dpi=110)
     total = 4.2 + 0.28 * rows
@@ -118,8 +123,10 @@ def overview_figure(overview: Overview, labels: Sequence[str], title: str) -> Fi
         spectrum.imshow(
             picture, origin="lower", aspect="auto", extent=extent, vmin=low, vmax=max(high, low + 1e-6), cmap="magma"
         )
-    spectrum.set_yticks([])
-    spectrum.set_ylabel("mel bands", rotation=0, ha="right", va="center")
+    low_mel, high_mel = (_mel(hz) for hz in overview.band_hz)
+    marks = [hz for hz in (250, 1000, 4000, 12_000) if overview.band_hz[0] < hz < overview.band_hz[1]]
+    places = [(_mel(hz) - low_mel) / (high_mel - low_mel) for hz in marks]
+    spectrum.set_yticks(places, [f"{hz / 1000:g} kHz" for hz in marks], fontsize=8)
     timeline.imshow(
         overview.probabilities[:, order].T,
         origin="upper",
@@ -137,7 +144,7 @@ def overview_figure(overview: Overview, labels: Sequence[str], title: str) -> Fi
             timeline.plot([event.start_s, event.end_s], [row + 0.33] * 2, color="#d1495b", linewidth=3)
     names = [labels[c] if len(labels[c]) <= 22 else labels[c][:21] + "…" for c in order]
     timeline.set_yticks(range(rows), names, fontsize=8)
-    timeline.set_xlabel("seconds")
+    timeline.set_xlabel("seconds (grey: probability, red: events)")
     for each in axes:
         each.set_xlim(0, seconds)
     for each in axes[:2]:
@@ -145,11 +152,21 @@ def overview_figure(overview: Overview, labels: Sequence[str], title: str) -> Fi
     return figure
 
 
+def _mel(hz: float) -> float:
+    """Kaldi's mel scale."""
+    return 1127.0 * float(np.log1p(hz / 700.0))
+
+
 def overview_png(overview: Overview, labels: Sequence[str], title: str) -> bytes:
     """The figure as the bytes of a PNG file."""
-    buffer = io.BytesIO()
-    overview_figure(overview, labels, title).savefig(buffer, format="png")
-    return buffer.getvalue()
+    from PIL import Image  # which Matplotlib writes its pictures with
+
+    drawn, small = io.BytesIO(), io.BytesIO()
+    overview_figure(overview, labels, title).savefig(drawn, format="png")
+    # 256 colours are enough for it, and a third of the size.
+    palette = Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    palette.save(small, format="png", optimize=True)
+    return small.getvalue()
 
 
 MEDIA = {".wav": "wav", ".flac": "flac", ".mp3": "mpeg", ".ogg": "ogg", ".oga": "ogg", ".opus": "ogg"}

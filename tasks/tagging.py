@@ -6,15 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import torch.nn.functional as F
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from seqssm.backbone import BackboneConfig
 from seqssm.data.audio.batches import AudioBatch
 from seqssm.data.features import FeatureConfig
 from seqssm.errors import UserError
-from seqssm.tasks.audio_layers import PoolingKind
+from seqssm.tasks.audio_layers import Downsampling, PoolingKind
 from seqssm.tasks.base import CHECKPOINT_KEY, OptimizerConfig, Task
-from seqssm.tasks.distillation import Teacher
+from seqssm.tasks.distillation import Teacher, find_teacher
 from seqssm.tasks.tagging_metrics import TaggingScores, best_thresholds, class_scores, one_hot, write_class_table
 from seqssm.tasks.tagging_network import TaggingNetwork
 
@@ -33,11 +34,13 @@ class AudioTagging(TaggingNetwork, Task):
         backbone: the model; ``bidirectional: none`` without attention or with causal attention can run live.
         frame_group: frames a token, a product of strides: 2, 4 (40 ms) or 8.
         stem_channels: of the stem's convolutions, each of which halves the bands.
-        pooling: how frame scores become clip scores: their mean, a learnt weighting, or the last one.
+        stem_downsampling: by strides of the stem's convolutions, or by maxima behind dense ones, which costs more.
+        pooling: how frame scores become clip scores: their mean, halfway from there to the greatest (``mean_max``), a
+            learnt weighting, or the last one.
         dropout: before the head.
         label_smoothing: share of the target spread evenly over the classes (over yes and no for several labels).
-        teacher: a CSV or NPY of a teacher's logits for the training clips, to learn from as well; see
-            :mod:`seqssm.tasks.distillation`.
+        teacher: what to learn from as well: one or several trained taggers (names, folders or ``.ckpt``), or a CSV or
+            NPY of logits for the training clips; see :mod:`seqssm.tasks.distillation`.
         teacher_weight: its share of the loss.
         teacher_temperature: both logits are divided by it in its part of the loss.
         thresholds: a class is present from this probability on; tuned on the validation clips after every epoch (best
@@ -54,10 +57,11 @@ class AudioTagging(TaggingNetwork, Task):
         backbone: BackboneConfig = BackboneConfig(),  # noqa: B008 - frozen
         frame_group: int = 4,
         stem_channels: list[int] = [32, 64, 64],  # noqa: B006 - never written to
+        stem_downsampling: Downsampling = "stride",
         pooling: PoolingKind = "mean",
         dropout: float = 0.0,
         label_smoothing: float = 0.0,
-        teacher: str | None = None,
+        teacher: str | list[str] | None = None,
         teacher_weight: float = 0.5,
         teacher_temperature: float = 1.0,
         thresholds: list[float] | None = None,
@@ -71,6 +75,7 @@ class AudioTagging(TaggingNetwork, Task):
             backbone,
             frame_group=frame_group,
             stem_channels=stem_channels,
+            stem_downsampling=stem_downsampling,
             pooling=pooling,
             dropout=dropout,
             thresholds=thresholds,
@@ -98,8 +103,14 @@ class AudioTagging(TaggingNetwork, Task):
 
     def on_fit_start(self) -> None:
         if self.teacher is not None:
-            datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-            self._teacher = Teacher.read(Path(self.teacher), datamodule.clips("train"), self.labels)
+            datamodule: Any = getattr(self.trainer, "datamodule", None)
+            self._teacher = find_teacher(
+                self.teacher,
+                clips=lambda: datamodule.clips("train"),
+                labels=self.labels,
+                features=self.features,
+                multi_label=self.multi_label,
+            )
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Mean loss of (b, c) logits; labels are (b,) class ids or (b, c) targets between 0 and 1."""
@@ -160,7 +171,7 @@ class AudioTagging(TaggingNetwork, Task):
             return
         scores = class_scores(probabilities, targets)
         write_class_table(Path(folder) / f"per_class_{split}.csv", self.labels, scores, self.thresholds)
-        if not self.multi_label:
+        if not self.multi_label and self.trainer.state.fn != TrainerFn.FITTING:  # a picture takes as long as an epoch
             from torchmetrics.functional.classification import multiclass_confusion_matrix
 
             from seqssm.tasks.plots import confusion_matrix_png

@@ -12,7 +12,7 @@ from seqssm.backbone import Backbone, BackboneConfig
 from seqssm.data.audio.reading import Sound, sound_blocks
 from seqssm.data.features import FeatureConfig
 from seqssm.errors import UserError
-from seqssm.tasks.audio_layers import FrameStem, Pooling, PoolingKind, real_positions
+from seqssm.tasks.audio_layers import Downsampling, FrameStem, Pooling, PoolingKind, real_positions
 from seqssm.tasks.network import Network
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ class TaggingNetwork(Network):
         pooling: PoolingKind = "mean",
         dropout: float = 0.0,
         thresholds: list[float] | None = None,
+        stem_downsampling: Downsampling = "stride",
         **training: Any,
     ) -> None:
         # Checkpoints hold plain data.
@@ -73,6 +74,7 @@ class TaggingNetwork(Network):
             pooling=pooling,
             dropout=dropout,
             thresholds=thresholds,
+            stem_downsampling=stem_downsampling,
             **training,
         )
         classes = len(labels)
@@ -85,7 +87,9 @@ class TaggingNetwork(Network):
         if config.reverse_complement:
             raise UserError("backbone.reverse_complement is for DNA: set it to false")
         self.backbone = Backbone(config)
-        self.stem = FrameStem(features.n_mels, config.d_model, frame_group, list(stem_channels), self.backbone.causal)
+        self.stem = FrameStem(
+            features.n_mels, config.d_model, frame_group, list(stem_channels), self.backbone.causal, stem_downsampling
+        )
         self.pooling = Pooling(pooling, config.d_model, classes)
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(config.d_model, classes)

@@ -239,6 +239,7 @@ class Listener:
         off_ratio: an event lasts while its class stays above so much of the threshold.
         min_duration_s: shorter events are dropped.
         max_gap_s: events of a class so close are one.
+        smooth_s: events are made of means over so much.
 
     Attributes:
         on: (c,) the thresholds.
@@ -255,6 +256,7 @@ class Listener:
         off_ratio: float = 0.6,
         min_duration_s: float = 0.2,
         max_gap_s: float = 0.3,
+        smooth_s: float = 0.5,
     ) -> None:
         self.task = task
         on = np.array(task.thresholds if threshold is None else [threshold] * len(task.labels))
@@ -262,7 +264,7 @@ class Listener:
             raise UserError("--threshold and --off-ratio must lie between 0 and 1")
         self.on = np.maximum(on, 1e-6)
         self.detector = EventDetector(
-            task.labels, task.token_s, self.on, self.on * off_ratio, min_duration_s, max_gap_s
+            task.labels, task.token_s, self.on, self.on * off_ratio, min_duration_s, max_gap_s, smooth_s
         )
         self.clip: NDArray[np.float64] | None = None
         self.last: NDArray[np.float64] = np.zeros((0, len(task.labels)))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -11,8 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import torch
+from torch import Tensor
 
 from seqssm.cli import main
+from seqssm.data.audio.batches import AudioBatch
+from seqssm.tasks.tagging import AudioTagging
 
 RATE = 8000
 CLASSES = {"high": 3000.0, "low": 300.0, "quiet": 0.0}
@@ -53,7 +58,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "trainer.logger.save_dir": f"{folder}/runs",
     }
     config = str(Path(__file__).parent.parent / "configs" / "tagging" / "folder.yaml")
-    assert main(["fit", "-c", config, *(f"--{key}={value}" for key, value in arguments.items())]) == 0
+    (folder / "fit.json").write_text(json.dumps(["fit", "-c", config, *(f"--{k}={v}" for k, v in arguments.items())]))
+    assert main(json.loads((folder / "fit.json").read_text())) == 0
     return folder
 
 
@@ -90,6 +96,33 @@ def test_tags_the_best_first(trained: Path, capsys: pytest.CaptureFixture) -> No
     table = trained / "tags.tsv"
     assert main(["tag", *files, "--checkpoint", checkpoint(trained), "--top-k", "2", "-o", str(table)]) == 0
     assert [line.split("\t") for line in table.read_text().splitlines()] == rows
+
+
+def test_an_interrupted_fit_says_how_to_go_on(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    fit = [*json.loads((trained / "fit.json").read_text()), f"--trainer.logger.save_dir={tmp_path}"]
+    step, at = AudioTagging.training_step, {"epoch": 0}
+
+    def training_step(self: AudioTagging, batch: AudioBatch, batch_idx: int) -> Tensor:
+        if (self.current_epoch, batch_idx) == (at["epoch"], 2):
+            raise KeyboardInterrupt
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(AudioTagging, "training_step", training_step)
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        assert main(fit) == 130
+        assert "there is no checkpoint yet" in capsys.readouterr().err
+        at["epoch"] = 3
+        assert main(fit) == 130
+        (last,) = tmp_path.rglob("last.ckpt")
+        assert f"--ckpt_path {last}" in capsys.readouterr().err
+        assert torch.load(last, weights_only=True)["epoch"] == 2
+        at["epoch"] = -1
+        assert main([*fit, "--trainer.max_epochs=4", f"--ckpt_path={last}"]) == 0
+    finally:
+        signal.signal(signal.SIGINT, before)  # Lightning has it ignored while it shuts down
 
 
 def find(events: list[dict], label: str, start: float, end: float) -> dict:
@@ -218,6 +251,10 @@ def test_bad_files_are_named_or_skipped(trained: Path, tmp_path: Path, capsys: p
     assert {line.split("\t")[0] for line in captured.out.splitlines()[1:]} == {str(good), str(silent)}
     assert "skipped 2 of 4 files" in captured.err
     assert "silent.wav is silent" in captured.err
+    assert "cut off" not in captured.err
+    good.write_bytes(good.read_bytes()[:-1000])
+    assert main(["tag", str(good), "--checkpoint", checkpoint(trained)]) == 0
+    assert "good.wav is cut off: its header promises 1,000 more bytes" in capsys.readouterr().err
     assert "of its samples are clipped" in captured.err
 
 
@@ -229,6 +266,8 @@ BAD = {
     "same name": (["{scene}", "x/scene.mp3", "--events"], "two recordings are called scene"),
     "threshold": (["{scene}", "--threshold", "1.5"], "must lie between 0 and 1"),
     "top-k": (["{scene}", "--top-k", "0"], "ask for one tag at least"),
+    "threads": (["{scene}", "--threads", "0"], "--threads is 0"),
+    "folder": (["."], ". is a folder"),
     "live missing": (["missing.wav", "--live"], "missing.wav does not exist"),
     "report live": (["{scene}", "--live", "--report"], "needs the whole recording"),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from seqssm.data.features import FeatureConfig
 from seqssm.errors import UserError
+
+EQUALIZER_POINTS = 6  # bands, evenly spaced, whose gain is drawn
 
 
 @dataclass(frozen=True)
@@ -27,8 +30,12 @@ class AugmentConfig:
         mel_mask_fraction: their greatest width as a share of the bands.
         gain_db: samples are made louder or softer by up to so much.
         shift_s: samples are rolled by up to so much, the end coming in at the start.
+        speed: clips are played faster or slower, pitch and all, by a factor of up to 1 + speed.
+        equalizer_db: a random smooth response in frequency, as another room or microphone has, of up to so much.
         noise: share of the clips that get noise: of `noise_path` where that is set, else white to brown.
         noise_snr_db: least and greatest signal-to-noise ratio of it.
+        empty: share of the clips that are such noise alone, soft or loud, with no label (where clips have exactly one:
+            with equal shares of all), so that a background is no event.
     """
 
     mixup: float = 0.5
@@ -39,14 +46,17 @@ class AugmentConfig:
     mel_mask_fraction: float = 0.15
     gain_db: float = 6.0
     shift_s: float = 1.0
+    speed: float = 0.0
+    equalizer_db: float = 0.0
     noise: float = 0.2
     noise_snr_db: tuple[float, float] = (10.0, 40.0)
+    empty: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("mixup", "noise", "mel_mask_fraction"):
+        for name in ("mixup", "noise", "mel_mask_fraction", "empty"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"augment.{name} is {getattr(self, name)}: it must lie between 0 and 1")
-        for name in ("time_masks", "time_mask_s", "mel_masks", "gain_db", "shift_s"):
+        for name in ("time_masks", "time_mask_s", "mel_masks", "gain_db", "shift_s", "speed", "equalizer_db"):
             if getattr(self, name) < 0:
                 raise UserError(f"augment.{name} is {getattr(self, name)}: it must not be negative")
         if self.mixup_alpha <= 0:
@@ -86,6 +96,22 @@ def apply_masks(features: Tensor, time: Tensor, mel: Tensor) -> Tensor:
     return features.masked_fill(in_time[:, :, None] | in_mel[:, None, :], 0.0)
 
 
+def draw_response(config: AugmentConfig, features: FeatureConfig, rng: np.random.Generator) -> np.ndarray:
+    """A random smooth response (mel,) float32 in dB: gains of a few bands, straight lines between them."""
+    points = rng.uniform(-config.equalizer_db, config.equalizer_db, EQUALIZER_POINTS)
+    bands = np.linspace(0, EQUALIZER_POINTS - 1, features.n_mels)
+    return np.interp(bands, np.arange(EQUALIZER_POINTS), points).astype(np.float32)
+
+
+def apply_responses(features: Tensor, lengths: Tensor, responses: Tensor, config: FeatureConfig) -> Tensor:
+    """Features (b,l,mel) of the first `lengths` (b,) frames with responses (b,mel) dB; the padding stays zero."""
+    per_db = math.log(10) / 10  # energies are natural logarithms
+    if config.std is not None:
+        per_db /= 2 * config.std
+    frame = torch.arange(features.shape[1], device=features.device)
+    return features + (responses * per_db)[:, None] * (frame < lengths[:, None])[..., None]
+
+
 def change_level(samples: np.ndarray, config: AugmentConfig, rng: np.random.Generator) -> np.ndarray:
     """Samples (n,) with a random gain."""
     gain_db = rng.uniform(-config.gain_db, config.gain_db)
@@ -96,6 +122,15 @@ def shift(samples: np.ndarray, config: AugmentConfig, sample_rate: int, rng: np.
     """Samples (n,) rolled by a random time."""
     longest = round(config.shift_s * sample_rate)
     return np.roll(samples, rng.integers(-longest, longest, endpoint=True))
+
+
+def change_speed(samples: np.ndarray, config: AugmentConfig, rng: np.random.Generator) -> np.ndarray:
+    """Samples (n,) faster or slower by a random factor, cut or repeated from the start to be (n,) again."""
+    import soxr
+
+    factor = (1 + config.speed) ** rng.uniform(-1, 1)
+    made = soxr.resample(samples, factor, 1.0, quality="LQ")
+    return np.resize(made, len(samples)) if len(made) else samples
 
 
 def add_noise(
@@ -111,6 +146,16 @@ def add_noise(
     if level == 0 or noise_level == 0:
         return samples
     return samples + made * np.float32(level / noise_level * 10 ** (-snr_db / 20))
+
+
+EMPTY_LEVEL_DB = (-80.0, -30.0)  # of clips that are noise alone, relative to full scale
+
+
+def only_noise(count: int, noise: np.ndarray | None, rng: np.random.Generator) -> np.ndarray:
+    """Noise (count,) at a random level: a random stretch of a recording (m,), or made with a random slope."""
+    made = coloured_noise(count, rng) if noise is None else stretch(noise, count, rng)
+    level = rms(made)
+    return made * np.float32(10 ** (rng.uniform(*EMPTY_LEVEL_DB) / 20) / level) if level else made
 
 
 def coloured_noise(count: int, rng: np.random.Generator, slope: float | None = None) -> np.ndarray:

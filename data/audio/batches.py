@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from seqssm.data.audio.augment import apply_masks
+from seqssm.data.audio.augment import apply_masks, apply_responses
 from seqssm.data.features import FeatureConfig, fbank
 
 CLIPS_AT_ONCE = 4
@@ -29,7 +29,8 @@ class AudioBatch(NamedTuple):
 
 class SampleBatch(NamedTuple):
     """Clips before their features: samples (b,n) float32, zero where padded; sample_counts (b,) int64; labels, sources
-    and weights as in `AudioBatch`; what to blank, from and to: time_masks (b,k,2) frames, mel_masks (b,m,2) bands."""
+    and weights as in `AudioBatch`; what to blank, from and to: time_masks (b,k,2) frames, mel_masks (b,m,2) bands;
+    gains of the bands before that: responses (b,mel) dB."""
 
     samples: Tensor
     sample_counts: Tensor
@@ -38,11 +39,14 @@ class SampleBatch(NamedTuple):
     weights: Tensor | None = None
     time_masks: Tensor | None = None
     mel_masks: Tensor | None = None
+    responses: Tensor | None = None
 
 
 def with_features(batch: SampleBatch, config: FeatureConfig) -> AudioBatch:
     """The features of a batch, on its device."""
     features, lengths = _features(batch.samples, batch.sample_counts, config)
+    if batch.responses is not None:
+        features = apply_responses(features, lengths, batch.responses, config)
     if batch.time_masks is not None and batch.mel_masks is not None:
         features = apply_masks(features, batch.time_masks, batch.mel_masks)
     return AudioBatch(features, lengths, batch.labels, batch.sources, batch.weights)

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from torch.utils.data import DataLoader
 
 from seqssm.data.audio.augment import AugmentConfig
 from seqssm.data.audio.batches import AudioBatch, SampleBatch, with_features
+from seqssm.data.audio.device import DeviceClips, DeviceLoader, KeptBatches
 from seqssm.data.audio.layouts import AudioLayout, Clip, ClipList
 from seqssm.data.audio.recordings import RecordingsDataModule
 from seqssm.data.audio.report import AudioReport
@@ -54,6 +56,8 @@ class AudioTaggingDataModule(RecordingsDataModule[SplitClips, TrainingClips, Aud
     Features and training:
         features: with mean and std None, the statistics of all train clips are computed, once.
         features_on: `loader` computes them in the loader's processes, `device` on the model's device, in batches.
+        augment_on: `loader` augments training clips in the loader's processes; `device` keeps all of them, decoded,
+            on the model's device (230 MB an hour at 16 kHz) and augments them there, a batch at once.
         crop_s: train on a random stretch of longer clips. Validation and test clips are whole.
         clips_per_epoch: default the number of train clips.
         balance: draw every class equally often in training.
@@ -93,6 +97,7 @@ class AudioTaggingDataModule(RecordingsDataModule[SplitClips, TrainingClips, Aud
         min_class_clips: int = 1,
         features: FeatureConfig = FeatureConfig(),  # noqa: B008 - frozen
         features_on: Literal["loader", "device"] = "loader",
+        augment_on: Literal["loader", "device"] = "loader",
         crop_s: float | None = None,
         clips_per_epoch: int | None = None,
         balance: bool = False,
@@ -139,6 +144,7 @@ class AudioTaggingDataModule(RecordingsDataModule[SplitClips, TrainingClips, Aud
         self._labels: list[str] | None = None
         self._store: ClipStore | None = None
         self._left_out: dict[str, int] = {}
+        self._on_device: DeviceClips | None = None
         self._split_said = ""
 
     # ---- what the data say of themselves -----------------------------------------------------------------------------
@@ -306,7 +312,7 @@ class AudioTaggingDataModule(RecordingsDataModule[SplitClips, TrainingClips, Aud
 
     # ---- loaders -----------------------------------------------------------------------------------------------------
 
-    def train_dataloader(self) -> DataLoader:
+    def train_dataloader(self) -> DataLoader | DeviceLoader:
         """Resumable to the batch; item order depends on seed and epoch alone."""
         self.setup("fit")
         train = self._train()
@@ -314,9 +320,26 @@ class AudioTaggingDataModule(RecordingsDataModule[SplitClips, TrainingClips, Aud
         sampler = EpochSampler(train, self.settings["batch_size"], ranks, rank)
         if self.trainer is not None:
             sampler.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
+        if self.settings["augment_on"] == "device":
+            clips = self._on_device or DeviceClips(train, self._device())
+            self._on_device = clips
+            return DeviceLoader(clips, self.settings["batch_size"], sampler)
         return ResumableLoader(
             train, batch_size=self.settings["batch_size"], sampler=sampler, **self._loader_arguments()
         )
+
+    def val_dataloader(self) -> Any:
+        """The validation items in order; no loader without a validation split."""
+        loader = super().val_dataloader()
+        if self.settings["augment_on"] == "loader" or not isinstance(loader, DataLoader):
+            return loader
+        return KeptBatches(loader, self._device(), self.features)
+
+    def _device(self) -> torch.device:
+        """The model's; without a trainer the best there is."""
+        if self.trainer is not None:
+            return self.trainer.strategy.root_device
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def ordered_loader(self, split: str) -> DataLoader:
         """The items of a split, `train` too, as they are and in the order of `clips`."""

@@ -41,19 +41,37 @@ def open_audio(source: str | Path | IO[bytes]) -> Any:
     """A `soundfile.SoundFile` to read in order, whose rate has been checked; raises UserError naming the file."""
     import soundfile
 
-    name = source if isinstance(source, str | Path) else getattr(source, "name", source)
-    if isinstance(source, str | Path) and not Path(source).exists():
-        raise UserError(f"{source} does not exist: correct the path")
-    if isinstance(source, str | Path) and Path(source).is_dir():
-        raise UserError(f"{source} is a folder: give the audio files in it")
+    name = _name(source)
+    if isinstance(source, str | Path) and not Path(source).is_file():
+        if Path(source).is_dir():
+            raise UserError(f"{source} is a folder: name the recordings in it")
+        if not Path(source).exists():
+            raise UserError(f"{source} does not exist: correct the path")
     try:
         file = _sequential_file()(str(source) if isinstance(source, Path) else source)
     except (soundfile.LibsndfileError, TypeError, OSError) as error:
         raise UserError(
             f"{name}: not readable as audio ({_reason(error)}); give WAV, FLAC, MP3, OGG or Opus"
         ) from error
-    check_rate(file.samplerate, str(name))
+    check_rate(file.samplerate, name)
     return file
+
+
+def _name(source: str | Path | IO[bytes]) -> str:
+    """What messages call it."""
+    return str(source if isinstance(source, str | Path) else getattr(source, "name", source))
+
+
+def cut_off(path: str | Path) -> int:
+    """Bytes that a WAV file's header promises and the file does not hold, as after a broken download; 0 for others."""
+    path = Path(path)
+    with open(path, "rb") as file:
+        head = file.read(8)
+    size = int.from_bytes(head[4:], "little")
+    # A program that writes into a pipe cannot know the size: it says zero, or the largest there is.
+    if head[:4] != b"RIFF" or size in (0, 0xFFFFFFFF):
+        return 0
+    return max(0, size + 8 - path.stat().st_size)
 
 
 def _reason(error: Exception) -> str:
@@ -111,7 +129,7 @@ def blocks(source: str | Path | IO[bytes], seconds: float = 10.0) -> Iterator[tu
 
     Raises UserError as `read_audio`.
     """
-    name = source if isinstance(source, str | Path) else getattr(source, "name", source)
+    name = _name(source)
     with open_audio(source) as file:
         size, seen = max(1, round(seconds * file.samplerate)), 0
         while True:

@@ -18,8 +18,11 @@ from seqssm.data.audio.augment import (
     Masks,
     add_noise,
     change_level,
+    change_speed,
     draw_masks,
+    draw_response,
     mix,
+    only_noise,
     overlay,
     shift,
 )
@@ -33,13 +36,15 @@ MAX_DRAWS = 20
 
 
 class Sample(NamedTuple):
-    """A clip or a mixture: samples (n,), target (classes,) or a class id, masks to apply, and what it was made of."""
+    """A clip or a mixture: samples (n,), target (classes,) or a class id, masks to apply, what it was made of, and the
+    response (mel,) in dB that comes before the masks."""
 
     samples: np.ndarray
     target: np.ndarray
     masks: Masks | None
     sources: tuple[int, ...]
     weights: tuple[float, ...]
+    response: np.ndarray | None = None
 
 
 @dataclass
@@ -123,7 +128,8 @@ class TrainingClips(Dataset[Sample]):
     Args:
         split: the train clips.
         features: of which masks are drawn.
-        several: targets are vectors, of zeros and ones or of shares; always so with mixup.
+        several: clips have any number of labels: targets are vectors of zeros and ones, or of shares; with mixup, and
+            where some clips are empty, they are vectors in any case.
         clips_per_epoch: items to an epoch.
         seed: of everything.
         crop_s: a random stretch of longer clips.
@@ -149,7 +155,8 @@ class TrainingClips(Dataset[Sample]):
     ) -> None:
         self.split = split
         self.features = features
-        self.several = several or (augment is not None and augment.mixup > 0 and mix_clips is None)
+        soft = augment is not None and (augment.empty > 0 or (augment.mixup > 0 and mix_clips is None))
+        self.multi_label, self.several = several, several or soft
         self.clips_per_epoch = clips_per_epoch
         self.seed = seed
         self.crop = None if crop_s is None else max(1, round(crop_s * features.sample_rate))
@@ -195,7 +202,14 @@ class TrainingClips(Dataset[Sample]):
         first = int(self._order(epoch)[at])
         rng = np.random.default_rng([self.seed, item, 2])
         augment = self.augment
-        if self.mix_clips is not None:
+        members: tuple[int, ...]
+        weights: tuple[float, ...]
+        if augment is not None and augment.empty and rng.random() < augment.empty:
+            members, weights = (first,), (0.0,)
+            samples = only_noise(len(self._read(first, rng)), self._some_noise(rng), rng)
+            classes = self.split.targets.shape[1]
+            shares = np.full(classes, 0.0 if self.multi_label else 1 / classes, np.float32)
+        elif self.mix_clips is not None:
             members = self.split.draw_mixture(first, self.mix_clips, rng)
             samples = overlay([self._read(i, rng) for i in members], rng)
             shares, weights = np.any(self.split.targets[list(members)], axis=0), (1.0,) * len(members)
@@ -208,14 +222,18 @@ class TrainingClips(Dataset[Sample]):
         else:
             members, weights = (first,), (1.0,)
             samples, shares = self._read(first, rng), self.split.targets[first]
-        masks = None
+        masks = response = None
         if augment is not None:
             samples = change_level(samples, augment, rng)
             if rng.random() < augment.noise:
-                noise = self.noise[int(rng.integers(len(self.noise)))] if self.noise else None
-                samples = add_noise(samples, noise, augment, rng)
+                samples = add_noise(samples, self._some_noise(rng), augment, rng)
             masks = draw_masks(augment, self.features, self.features.frames(len(samples)), rng)
-        return Sample(samples, _target(shares, self.several), masks, members, weights)
+            if augment.equalizer_db:
+                response = draw_response(augment, self.features, rng)
+        return Sample(samples, _target(shares, self.several), masks, members, weights, response)
+
+    def _some_noise(self, rng: np.random.Generator) -> np.ndarray | None:
+        return self.noise[int(rng.integers(len(self.noise)))] if self.noise else None
 
     def _read(self, position: int, rng: np.random.Generator) -> np.ndarray:
         store, number = self.split.store, int(self.split.numbers[position])
@@ -224,7 +242,11 @@ class TrainingClips(Dataset[Sample]):
             samples = store.read(number, int(rng.integers(0, available - self.crop, endpoint=True)), self.crop)
         else:
             samples = store[number]
-        return samples if self.augment is None else shift(samples, self.augment, store.sample_rate, rng)
+        if self.augment is None:
+            return samples
+        if self.augment.speed:
+            samples = change_speed(samples, self.augment, rng)
+        return shift(samples, self.augment, store.sample_rate, rng)
 
 
 def _target(shares: np.ndarray, several: bool) -> np.ndarray:
@@ -239,7 +261,16 @@ def collate(samples: Sequence[Sample]) -> SampleBatch:
     width = max(len(sample.sources) for sample in samples)
     sources = torch.tensor([[*sample.sources, *(-1,) * (width - len(sample.sources))] for sample in samples])
     weights = torch.tensor([[*sample.weights, *(0.0,) * (width - len(sample.weights))] for sample in samples])
-    return SampleBatch(padded, counts, labels, sources, weights, *_stacked_masks(samples))
+    responses = [sample.response for sample in samples if sample.response is not None]
+    return SampleBatch(
+        padded,
+        counts,
+        labels,
+        sources,
+        weights,
+        *_stacked_masks(samples),
+        torch.from_numpy(np.stack(responses)) if len(responses) == len(samples) else None,
+    )
 
 
 def _stacked_masks(samples: Sequence[Sample]) -> tuple[Tensor | None, Tensor | None]:

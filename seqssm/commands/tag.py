@@ -21,7 +21,7 @@ import torch
 
 from seqssm.commands.interrupts import until_interrupted
 from seqssm.data.audio.live import ENCODINGS, LiveAudio
-from seqssm.data.audio.reading import blocks, open_audio
+from seqssm.data.audio.reading import blocks, cut_off, open_audio
 from seqssm.errors import UserError
 from seqssm.files import atomic_write
 from seqssm.tasks.events import FORMATS, Change, EventWriter, ended
@@ -42,6 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", type=int, default=5, help="tags a file (default: 5)")
     parser.add_argument("--output", "-o", type=Path, help="TSV file for the tags; default: standard output")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    parser.add_argument(
+        "--threads", type=int, help="of the CPU; default: one with --live, whose chunks are small, else all"
+    )
     parser.add_argument("--skip-bad", action="store_true", help="go on past files that cannot be read, and count them")
     parser.add_argument("--window-s", type=float, default=30.0, help="of a model that reads both ways (default: 30)")
     files = parser.add_argument_group("files beside the tags")
@@ -55,6 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     events.add_argument("--min-duration-s", type=float, default=0.2, help="shorter events are dropped (default: 0.2)")
     events.add_argument("--max-gap-s", type=float, default=0.3, help="events so close are one (default: 0.3)")
+    events.add_argument(
+        "--smooth-s", type=float, default=0.5, help="probabilities are averaged over so much first (default: 0.5)"
+    )
     live = parser.add_argument_group("live")
     live.add_argument("--live", action="store_true", help="print events as they begin and end")
     live.add_argument("--rate", type=int, help="Hz, of raw PCM")
@@ -72,6 +78,10 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--top-k is {args.top_k}: ask for one tag at least")
     if args.events or args.report:
         _check_names(args.files, args.folder)
+    if args.threads is not None and args.threads < 1:
+        raise UserError(f"--threads is {args.threads}: one at least")
+    if args.threads or args.live:
+        torch.set_num_threads(args.threads or 1)
     args.checkpoint = checkpoint_or_default(args.checkpoint, TaggingNetwork)
     network = load_network(args.checkpoint, TaggingNetwork).to(args.device)
     if args.live:
@@ -120,6 +130,7 @@ def _listener(args: argparse.Namespace, network: TaggingNetwork) -> Listener:
         off_ratio=args.off_ratio,
         min_duration_s=args.min_duration_s,
         max_gap_s=args.max_gap_s,
+        smooth_s=args.smooth_s,
     )
 
 
@@ -148,7 +159,7 @@ def _tag_file(args: argparse.Namespace, network: TaggingNetwork, path: Path) -> 
     with open_audio(path) as file:
         n_samples, rate, channels = file.frames, file.samplerate, file.channels
     listener = _listener(args, network)
-    overview = Overview(n_samples / rate, network.features.n_mels, len(network.labels)) if args.report else None
+    overview = Overview(n_samples / rate, network.features, len(network.labels)) if args.report else None
     network.prepare_for(round(n_samples / rate / network.token_s))
     tagger: Tagger = make_tagger(network, rate, args.window_s)
     hop_s = network.features.hop_samples / network.features.sample_rate
@@ -177,6 +188,9 @@ def _tag_file(args: argparse.Namespace, network: TaggingNetwork, path: Path) -> 
         write(changes)
         if overview is not None:
             overview.add_events(ended(changes))
+    missing = cut_off(path)
+    if missing:
+        _note(f"{path} is cut off: its header promises {missing:,} more bytes")
     if not loudest:
         _note(f"{path} is silent")
     if clipped > CLIPPED_SHARE * heard * channels:

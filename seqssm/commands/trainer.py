@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.trainer.states import TrainerStatus
 
 import seqssm.data.audio.datamodule  # imports every DataModule: the parser knows short names of imported classes
 import seqssm.data.dna.unlabelled
@@ -90,6 +93,25 @@ class TaskCLI(LightningCLI):
                     f"--ckpt_path {path} was trained with model.{key} = {value}, the config says {configured[key]}; "
                     "make them agree to resume, or start from its weights with --model.init_args.init_from"
                 )
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Say what an interrupted run has left, where Lightning ends the program without a word."""
+        try:
+            super()._run_subcommand(subcommand)
+        except SystemExit as error:
+            if self.trainer.state.status != TrainerStatus.INTERRUPTED:
+                raise
+            if subcommand == "fit":
+                callbacks: list[Any] = self.trainer.checkpoint_callbacks
+                saved = [
+                    getattr(one, "last_model_path", "") or getattr(one, "best_model_path", "") for one in callbacks
+                ]
+                last = max(filter(None, saved), key=os.path.getmtime, default="")
+                found = (
+                    f"go on from its last checkpoint with --ckpt_path {last}" if last else "there is no checkpoint yet"
+                )
+                print(f"seqssm: the run was interrupted: {found}", file=sys.stderr)
+            raise KeyboardInterrupt from error
 
     def after_fit(self) -> None:
         if not self.config["fit"]["evaluate"]:

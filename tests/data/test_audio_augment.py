@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -6,9 +8,12 @@ from seqssm.data.audio.augment import (
     AugmentConfig,
     add_noise,
     apply_masks,
+    apply_responses,
     change_level,
+    change_speed,
     coloured_noise,
     draw_masks,
+    draw_response,
     mix,
     overlay,
     rms,
@@ -120,3 +125,33 @@ def test_overlay_brings_clips_to_one_level_and_below_full_scale() -> None:
 def test_impossible_settings(changes: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         AugmentConfig(**changes)
+
+
+def test_a_faster_clip_is_higher_and_a_slower_one_lower() -> None:
+    seconds = np.arange(16000) / 16000
+    tone = np.sin(2 * np.pi * 1000 * seconds).astype(np.float32)
+    heard = []
+    for seed in range(20):
+        made = change_speed(tone, AugmentConfig(speed=0.25), rng(seed))
+        assert made.shape == tone.shape
+        assert made.dtype == np.float32
+        heard.append(np.abs(np.fft.rfft(made[:8000])).argmax() * 2)  # Hz
+    assert min(heard) >= 798
+    assert max(heard) <= 1252
+    assert min(heard) < 900 < 1100 < max(heard)
+
+
+def test_a_response_adds_its_decibels_to_real_frames_alone() -> None:
+    config = replace(FEATURES, mean=-6.0, std=4.0)
+    response = draw_response(AugmentConfig(equalizer_db=9), FEATURES, rng(2))
+    assert response.shape == (20,)
+    assert 1 < np.abs(response).max() <= 9
+    samples = torch.from_numpy(noise(16000))
+    features = torch.stack([fbank(samples, config), fbank(samples, config)])
+    lengths = torch.tensor([features.shape[1], 40])
+    features[1, 40:] = 0
+    made = apply_responses(features, lengths, torch.from_numpy(np.stack([response, response])), config)
+    gain = np.log(10 ** (response / 10)) / (2 * 4.0)
+    torch.testing.assert_close(made[0] - features[0], torch.from_numpy(gain).expand_as(made[0]), rtol=1e-4, atol=1e-5)
+    assert torch.equal(made[1, 40:], features[1, 40:])
+    torch.testing.assert_close(made[1, :40], made[0, :40])

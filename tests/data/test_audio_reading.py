@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from seqssm.data.audio.reading import blocks, duration, read_audio
+from seqssm.data.audio.reading import blocks, cut_off, duration, read_audio
 from seqssm.errors import UserError
 
 
@@ -125,3 +125,22 @@ def test_blocks_of_bytes_in_memory() -> None:
     stream.seek(0)
     joined = np.concatenate([block for block, rate in blocks(stream, 0.1) if rate == 1000], 1)
     assert np.array_equal(joined, data.T)
+
+
+def test_a_folder_is_no_recording(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"{tmp_path} is a folder"):
+        read_audio(tmp_path)
+
+
+def test_what_a_cut_off_wav_lacks_is_known(tmp_path: Path) -> None:
+    path = tmp_path / "a.wav"
+    soundfile.write(path, noise(1000), 8000)
+    whole = path.read_bytes()
+    assert cut_off(path) == 0
+    path.write_bytes(whole[:-300])
+    assert cut_off(path) == 300
+    for size in (0, 0xFFFFFFFF):  # what a pipe's writer puts there
+        path.write_bytes(whole[:4] + size.to_bytes(4, "little") + whole[8:-300])
+        assert cut_off(path) == 0
+    soundfile.write(tmp_path / "a.flac", noise(1000), 8000)
+    assert cut_off(tmp_path / "a.flac") == 0

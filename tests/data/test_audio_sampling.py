@@ -1,4 +1,5 @@
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -89,7 +90,7 @@ def test_balance(split: SplitClips) -> None:
 
 
 def test_an_item_depends_on_seed_and_number_alone(split: SplitClips) -> None:
-    full = AugmentConfig(noise=0.5)
+    full = AugmentConfig(noise=0.5, speed=0.2, equalizer_db=6)
     one, other = training(split, augment=full), training(split, augment=full)
     backwards = [other[i] for i in reversed(range(30))][::-1]
     assert all(same(one[i], backwards[i]) for i in range(30))
@@ -185,3 +186,23 @@ def test_no_augmentation_has_no_masks(split: SplitClips) -> None:
     batch = collate([training(split, augment=None)[i] for i in range(3)])
     assert batch.time_masks is None
     assert batch.labels.dtype == torch.int64
+
+
+def test_empty_clips_are_noise_with_no_label_or_with_equal_shares(split: SplitClips) -> None:
+    empty = replace(PLAIN, empty=0.3)
+    for several, target in ((False, 1 / 3), (True, 0.0)):
+        data = training(split, augment=empty, several=several)
+        items = [data[i] for i in range(200)]
+        assert all(item.target.shape == (3,) for item in items)
+        found = [item for item in items if item.weights == (0.0,)]
+        assert 40 <= len(found) <= 80
+        for item in found:
+            assert item.target.tolist() == pytest.approx([target] * 3)
+            assert -80.01 <= 20 * np.log10(np.sqrt(np.mean(item.samples**2))) <= -29.99
+            assert len(item.samples) == split.store.scans[item.sources[0]].samples
+        assert all(item.target.sum() == 1 for item in items if item.weights == (1.0,))
+    recording = np.sin(np.arange(8000)).astype(np.float32)
+    data = training(split, augment=replace(PLAIN, empty=1.0), noise=[recording])
+    assert np.abs(np.fft.rfft(data[0].samples)).argmax() / len(data[0].samples) == pytest.approx(
+        1 / (2 * np.pi), abs=1e-3
+    )

@@ -59,6 +59,14 @@ def test_the_values_are_kaldis(config: FeatureConfig) -> None:
         assert audible.float().mean() > 0.9
 
 
+@pytest.mark.gpu
+def test_a_gpu_gives_the_values_of_the_cpu() -> None:
+    quiet = np.float32(10.0) ** -np.arange(6, dtype=np.float32)  # from loud to below what 16 bits can hold
+    batch = torch.from_numpy(quiet[:, None] * np.stack([noise(80_000, seed) for seed in range(6)]))
+    config = FeatureConfig(n_mels=128, mean=-6.5, std=4.0)
+    torch.testing.assert_close(fbank(batch.cuda(), config).cpu(), fbank(batch, config), rtol=0, atol=2e-4)
+
+
 def test_normalisation_and_silence() -> None:
     raw = fbank(torch.from_numpy(noise(16000)), FeatureConfig(n_mels=40))
     assert torch.allclose(fbank(torch.from_numpy(noise(16000)), CONFIG), (raw + 6.5) / 8)

@@ -1,6 +1,7 @@
 """The running average of the weights."""
 
 import lightning.pytorch as pl
+import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
@@ -37,3 +38,15 @@ def test_weights_are_averaged_with_a_short_memory_at_first() -> None:
         expected = weight if n == 0 else kept * expected + (1 - kept) * weight
     torch.testing.assert_close(model.line.weight.item(), expected, rtol=1e-5, atol=1e-6)
     assert int(model.norm.num_batches_tracked) == 30
+
+
+@pytest.mark.gpu
+def test_the_average_is_kept_where_the_model_is() -> None:
+    average = RunningAverage(decay=0.6)
+    trainer = pl.Trainer(
+        max_steps=3, accelerator="gpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        callbacks=[average],
+    )  # fmt: skip
+    trainer.fit(Line(), DataLoader(torch.arange(60.0).view(60, 1), batch_size=2))
+    assert average._average_model is not None
+    assert {one.device.type for one in average._average_model.state_dict().values()} == {"cuda"}

@@ -52,6 +52,23 @@ def test_gaps_merge_up_to_the_limit() -> None:
     assert spans(detect(late)) == [(0.0, 0.8)]
 
 
+def test_smoothed_events_are_those_of_the_means_for_any_packets() -> None:
+    rng = np.random.default_rng(3)
+    p = np.clip(np.repeat(rng.random((60, 2)), 5, axis=0) + 0.3 * rng.standard_normal((300, 2)), 0, 1)
+    means = np.stack([p[max(0, t - 2) : t + 3].mean(0) for t in range(len(p))])
+    expected = detect(means)
+    whole = detect(p, smooth_s=0.4)
+    assert len(expected) > 8
+    assert spans(whole) == spans(expected) != spans(detect(p))
+    for one, other in zip(whole, expected, strict=True):
+        assert (one.kind, one.label, one.time_s) == (other.kind, other.label, other.time_s)
+        assert one.heard_s == pytest.approx(min(other.heard_s + 0.2, 30.0), abs=1e-6)
+        assert one.event is None or one.event.peak == pytest.approx(other.event.peak, abs=1e-6)
+    for sizes in ([1], [2, 7, 1], [299]):
+        assert detect(p, sizes, smooth_s=0.4) == whole
+    assert spans(detect(np.full(2, 0.9), smooth_s=0.4)) == [(0.0, 0.2)]  # shorter than a mean reaches
+
+
 def test_short_events_are_dropped_after_merging() -> None:
     p = np.array([0.9, 0, 0, 0, 0, 0.9, 0, 0.9, 0, 0, 0, 0])
     assert spans(detect(p)) == [(0.5, 0.8)]

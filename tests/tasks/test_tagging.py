@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 from torch.utils.data import DataLoader
 
+from seqssm import hub
 from seqssm.backbone import BackboneConfig
 from seqssm.data.audio.batches import AudioBatch
 from seqssm.data.features import FeatureConfig
@@ -17,7 +18,7 @@ from seqssm.errors import UserError
 from seqssm.tasks.audio_layers import FrameStem, MaskedBatchNorm
 from seqssm.tasks.averaging import RunningAverage
 from seqssm.tasks.base import OptimizerConfig, load_task, read_checkpoint
-from seqssm.tasks.distillation import Teacher
+from seqssm.tasks.distillation import StoredTeacher, TeacherNetworks, find_teacher
 from seqssm.tasks.tagging import AudioTagging
 from seqssm.tasks.tagging_metrics import TaggingScores, best_thresholds, class_scores
 
@@ -54,11 +55,12 @@ def batch_of(parts: list[torch.Tensor], extra: int = 0, fill: float = 0.0) -> tu
 # ---- padding and neighbours -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("pooling", ["mean", "attention", "last"])
+@pytest.mark.parametrize("pooling", ["mean", "mean_max", "attention", "last"])
 @pytest.mark.parametrize("bidirectional", ["none", "tied", "untied"])
+@pytest.mark.parametrize("downsampling", ["stride", "max"])
 @torch.no_grad()
-def test_padding_and_neighbours_never_change_a_clip(pooling: str, bidirectional: str) -> None:
-    task = make_task(pooling, bidirectional)
+def test_padding_and_neighbours_never_change_a_clip(pooling: str, bidirectional: str, downsampling: str) -> None:
+    task = make_task(pooling, bidirectional, stem_downsampling=downsampling)
     parts = clips(LENGTHS)
     alone = torch.cat([task(part[None], torch.tensor([len(part)])) for part in parts])
     assert (alone[0] - alone[2]).abs().max() > 1e-3  # the clips do differ
@@ -107,8 +109,21 @@ def test_batch_norm_leaves_padding_out_in_training() -> None:
     y = norm(x.masked_fill(~real[:, None, :, None], 99.0), real)
     positions = x.transpose(1, 2)[real]  # (7, 3, 4)
     torch.testing.assert_close(y.transpose(1, 2)[real], plain(positions))
+    torch.testing.assert_close(norm.running_mean, plain.running_mean)
     torch.testing.assert_close(norm.running_var, plain.running_var)
-    assert (y[1, :, 2:] == 0).all()
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@torch.no_grad()
+def test_downsampling_by_maxima_is_a_dense_convolution_and_a_pool(causal: bool) -> None:
+    stem = FrameStem(6, 8, 4, [3, 5], causal, "max").eval()
+    features = torch.randn(1, 12, 6)
+    x = features[:, None]
+    for convolution in stem.convolutions:
+        x = convolution(F.pad(x, (1, 1, 2, 0) if causal else (1, 1, 1, 1)))
+        x = F.max_pool2d(F.pad(F.relu(x / (1 + 1e-5) ** 0.5), (0, x.shape[3] % 2)), 2)
+    expected = stem.projection(x.transpose(1, 2).flatten(2))
+    torch.testing.assert_close(stem(features, torch.tensor([12]))[0], expected)
 
 
 def test_a_frame_group_of_too_many_strides_is_refused() -> None:
@@ -224,6 +239,9 @@ def test_learns_tones_and_keeps_thresholds_and_features_with_the_weights(multi_l
     table = (tmp_path / "per_class_val.csv").read_text().splitlines()
     assert table[0] == "label,clips,average_precision,auroc,threshold"
     assert [row.split(",")[0] for row in table[1:]] == ["a", "b", "c"]
+    assert not (tmp_path / "confusion_val.png").exists()
+    loader = DataLoader(tones(24, 1, multi_label), batch_size=8, collate_fn=collate)
+    trainer.validate(again, loader, verbose=False)
     assert (tmp_path / "confusion_val.png").is_file() != multi_label
 
 
@@ -256,15 +274,15 @@ def test_teacher_files(tmp_path: Path) -> None:
     np.save(tmp_path / "t.npy", table)
     (tmp_path / "t.csv").write_text("path,start,c,a,b\naudio/y.wav,1.5,5,3,4\naudio/x.wav,,2,0,1\nother.wav,0,9,9,9\n")
     for name in ("t.npy", "t.csv"):
-        np.testing.assert_array_equal(Teacher.read(tmp_path / name, training, ["a", "b", "c"]).logits, table)
+        np.testing.assert_array_equal(StoredTeacher.read(tmp_path / name, training, ["a", "b", "c"]).logits, table)
     np.save(tmp_path / "short.npy", table[:1])
     for name, message in (("short.npy", r"has the shape \(1, 3\)"), ("none.csv", "does not exist")):
         with pytest.raises(UserError, match=message):
-            Teacher.read(tmp_path / name, training, ["a", "b", "c"])
+            StoredTeacher.read(tmp_path / name, training, ["a", "b", "c"])
     with pytest.raises(UserError, match=r"no row for the training clip /data/set/audio/z\.wav"):
-        Teacher.read(tmp_path / "t.csv", [Clip("/data/set/audio/z.wav")], ["a", "b", "c"])
+        StoredTeacher.read(tmp_path / "t.csv", [Clip("/data/set/audio/z.wav")], ["a", "b", "c"])
     with pytest.raises(UserError, match="has no column d"):
-        Teacher.read(tmp_path / "t.csv", training, ["a", "b", "d"])
+        StoredTeacher.read(tmp_path / "t.csv", training, ["a", "b", "d"])
 
 
 @pytest.mark.parametrize("multi_label", [True, False])
@@ -277,7 +295,7 @@ def test_distillation_mixes_the_teacher_as_the_sounds_are_mixed(multi_label: boo
         sources=torch.tensor([[0, 3], [2, -1]]),
         weights=torch.tensor([[0.6, 0.4], [1.0, 0.0]]),
     )
-    loss = Teacher(teacher).loss(logits, batch, 2.0, multi_label)
+    loss = StoredTeacher(teacher).loss(logits, batch, 2.0, multi_label)
     soft = (teacher / 2).sigmoid() if multi_label else (teacher / 2).softmax(-1)
     targets = torch.stack([0.6 * soft[0] + 0.4 * soft[3], soft[2]])
     if multi_label:
@@ -286,6 +304,44 @@ def test_distillation_mixes_the_teacher_as_the_sounds_are_mixed(multi_label: boo
     else:
         expected = -(targets * (logits / 2).log_softmax(-1)).sum(-1).mean()
     torch.testing.assert_close(loss, 4 * expected)
+
+
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_trained_taggers_teach_what_they_hear_in_the_batch(tmp_path: Path, multi_label: bool) -> None:
+    names = []
+    for seed, way in enumerate(("tied", "none")):
+        taught = make_task(bidirectional=way, seed=seed, multi_label=multi_label)
+        hub.save(tmp_path / way, taught.describe(), taught.state_dict())
+        names.append(str(tmp_path / way))
+    about = {"clips": list, "labels": ["a", "b", "c"], "features": FEATURES, "multi_label": multi_label}
+    teacher = find_teacher(names, **about)
+    assert isinstance(teacher, TeacherNetworks)
+    features, lengths = batch_of(clips(LENGTHS))
+    batch = AudioBatch(features, lengths, torch.zeros(5, 3))
+    logits = torch.randn(5, 3, requires_grad=True)
+    loss = teacher.loss(logits, batch, 2.0, multi_label)
+    loss.backward()
+    scored = [network(features, lengths) / 2 for network in teacher.networks]
+    soft = sum(one.sigmoid() if multi_label else one.softmax(-1) for one in scored) / 2
+    assert (soft[0] - soft[2]).abs().max() > 1e-3
+    p = (logits / 2).sigmoid() if multi_label else (logits / 2).softmax(-1)
+    # the gradient of a cross-entropy, times the squared temperature, halved by the inner derivative
+    torch.testing.assert_close(logits.grad, 2 * (p - soft).detach() / (15 if multi_label else 5))
+    with pytest.raises(UserError, match=r"none has the classes \['a', 'b', 'c'\], the model has \['a', 'b', 'd'\]"):
+        find_teacher(names[1], **{**about, "labels": ["a", "b", "d"]})
+    with pytest.raises(UserError, match="has the features"):
+        find_teacher(names, **{**about, "features": FeatureConfig(sample_rate=8000, n_mels=MELS, mean=-5.0, std=4.0)})
+    with pytest.raises(UserError, match="empty list"):
+        find_teacher([], **about)
+
+
+def test_a_teacher_is_no_part_of_what_it_teaches(tmp_path: Path) -> None:
+    teacher = make_task(multi_label=False, seed=3)
+    hub.save(tmp_path / "teacher", teacher.describe(), teacher.state_dict())
+    task = make_task(multi_label=False, teacher=[str(tmp_path / "teacher")], teacher_weight=1.0)
+    before = set(task.state_dict())
+    fit(task, tmp_path, epochs=1)
+    assert set(task.state_dict()) == before
 
 
 def test_checkpoint_names_the_task(tmp_path: Path) -> None:

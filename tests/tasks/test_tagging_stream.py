@@ -13,14 +13,14 @@ from seqssm.tasks.tagging_stream import LiveTagger, StreamingTagger, Tagger, Win
 
 RATE = 8000
 FEATURES = FeatureConfig(sample_rate=RATE, n_mels=16, mean=-6.0, std=4.0)
-POOLINGS = ["mean", "attention", "last"]
+POOLINGS = ["mean", "mean_max", "attention", "last"]
 
 
-def make_task(pooling: str = "mean", bidirectional: str = "none", pattern: str = "m") -> AudioTagging:
+def make_task(pooling: str = "mean", bidirectional: str = "none", pattern: str = "m", **changes) -> AudioTagging:
     torch.manual_seed(0)
     mixers = {"m": {"class_path": "Mamba"}, "s": {"class_path": "Mamba2", "init_args": {"headdim": 16, "d_state": 8}}}
     config = BackboneConfig(d_model=16, n_layers=2, bidirectional=bidirectional, mixers=mixers, pattern=pattern)
-    task = AudioTagging(["a", "b", "c"], True, FEATURES, config, stem_channels=[4, 6, 6], pooling=pooling)
+    task = AudioTagging(["a", "b", "c"], True, FEATURES, config, stem_channels=[4, 6, 6], pooling=pooling, **changes)
     if pooling == "attention":
         torch.nn.init.normal_(task.pooling.attention.weight)
     return task.eval()
@@ -43,10 +43,12 @@ def hear(tagger: Tagger, samples: np.ndarray, sizes: list[int]) -> tuple[torch.T
     return torch.cat([scores.frames[0] for scores in outputs]), outputs[-1].clip[0]
 
 
-@pytest.mark.parametrize("pooling", POOLINGS)
-@pytest.mark.parametrize("pattern", ["m", "ms"])
-def test_live_equals_whole_and_packets_do_not_matter(pooling: str, pattern: str) -> None:
-    task, samples = make_task(pooling, pattern=pattern), sound(4.37)
+@pytest.mark.parametrize(
+    ("pooling", "pattern", "downsampling"),
+    [(pooling, pattern, "stride") for pooling in POOLINGS for pattern in ("m", "ms")] + [("mean", "m", "max")],
+)
+def test_live_equals_whole_and_packets_do_not_matter(pooling: str, pattern: str, downsampling: str) -> None:
+    task, samples = make_task(pooling, pattern=pattern, stem_downsampling=downsampling), sound(4.37)
     features = fbank(torch.from_numpy(samples), FEATURES)
     lengths = torch.tensor([len(features)])
     with torch.no_grad():
