@@ -39,7 +39,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "hybrid": {"pattern": "mmmmmmma"},
     "attention": {"pattern": "a", "mlp_ratio": 1.0},
 }
-"""What of a :class:`~seqssm.backbone.BackboneConfig` makes each of them; ``hybrid`` has one attention layer in eight."""
+"""What of a :class:`~seqssm.backbone.BackboneConfig` makes each; ``hybrid`` has one attention layer in eight."""
 
 VALIDATION_TOKENS = 2**20
 _WARM_STEPS = 3  # kernels are compiled and the allocator's pools filled
