@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from seqssm.directions import NO_STATE, Bidirectional, ReverseComplement
 from seqssm.errors import UserError
-from seqssm.mixers import Mixer, State
+from seqssm.mixers import Mamba, Mixer, State, mamba_stack
 from seqssm.mixers.base import Normed, RMSNorm
 
 
@@ -261,13 +261,26 @@ class Backbone(nn.Module):
         if self.config.residual_in_fp32:
             x = x.to(torch.promote_types(x.dtype, torch.float32))
         added: Tensor | None = None  # what the block before yields, still to be added to x
-        new_state: State = {}
-        for i, block in enumerate(self.blocks):
-            past = _layer_state(state, i, block.mixer) if state else None
-            x, added, layer_state = block(x, added, past, seq_idx)
-            for key, value in layer_state.items():
-                new_state[f"layers.{i}.{key}"] = value
+        states = [_layer_state(state, i, block.mixer) if state else None for i, block in enumerate(self.blocks)]
+        if self.config.checkpoint_activations and torch.is_grad_enabled() and self._is_stack(x):
+            layers = [mamba_stack.Layer(block.norm, cast(Mamba, block.mixer)) for block in self.blocks]
+            x, states = mamba_stack.run(layers, x, states, seq_idx)
+        else:
+            for i, block in enumerate(self.blocks):
+                x, added, states[i] = block(x, added, states[i], seq_idx)
+        new_state = {f"layers.{i}.{key}": value for i, own in enumerate(states) for key, value in own.items()}
         return self.norm(x, added, strands=self.d_out // self.config.d_model)[1], new_state
+
+    def _is_stack(self, x: Tensor) -> bool:
+        """Whether nothing but Mamba layers and their norms stands between input and output."""
+        return all(
+            type(block) is Block  # and not what shards one
+            and block.mlp is None
+            and block.strands == 1
+            and (block.dropout.p == 0 or not block.training)
+            and mamba_stack.available(block, x)
+            for block in self.blocks
+        )
 
     def step(self, x: Tensor, state: State) -> Tensor:
         """One token, x (b, d) -> y (b, d), updating ``state`` in place: the fastest decoding, without gradients."""

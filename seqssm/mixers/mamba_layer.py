@@ -39,9 +39,7 @@ def run(
     Args:
         source: what x is the norm of, for the backward pass to compute again all that is cheap; None to keep it all.
     """
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    settings = _Settings(mixer.dt_rank, mixer.d_state, (reverse,), mixer.backend, dtype, source)
+    settings = settings_of(mixer, x, source, reverse)
     y, conv, scan = _Layer.apply(
         settings,
         x,
@@ -49,22 +47,19 @@ def run(
         None if state is None else state["scan"],
         seq_idx,
         None if source is None else source.residual,
-        mixer.in_proj.weight,
-        mixer.in_proj.bias,
-        mixer.conv1d.weight,
-        mixer.conv1d.bias,
-        mixer.x_proj.weight,
-        mixer.dt_proj.weight,
-        mixer.dt_proj.bias,
-        mixer.A_log,
-        mixer.D,
-        mixer.out_proj.weight,
-        mixer.out_proj.bias,
+        *weights_of(mixer),
     )
     return y, {"conv": conv, "scan": scan}
 
 
-class _Settings(NamedTuple):
+def settings_of(mixer: Mamba, x: Tensor, source: Normed | None = None, reverse: bool = False) -> Settings:
+    """The settings of a layer for inputs like x."""
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    return Settings(mixer.dt_rank, mixer.d_state, (reverse,), mixer.backend, dtype, source)
+
+
+class Settings(NamedTuple):
     """What is not a tensor; ``dtype`` is that of all activations. The source's residual goes in beside it."""
 
     dt_rank: int
@@ -75,7 +70,7 @@ class _Settings(NamedTuple):
     source: Normed | None
 
 
-class _Weights(NamedTuple):
+class Weights(NamedTuple):
     """The layer's parameters, as the mixer keeps them."""
 
     W_in: Tensor
@@ -91,7 +86,24 @@ class _Weights(NamedTuple):
     b_out: Tensor | None
 
 
-class _Inner(NamedTuple):
+def weights_of(mixer: Mamba) -> Weights:
+    """The layer's parameters, in order."""
+    return Weights(
+        mixer.in_proj.weight,
+        mixer.in_proj.bias,
+        mixer.conv1d.weight,
+        mixer.conv1d.bias,
+        mixer.x_proj.weight,
+        mixer.dt_proj.weight,
+        mixer.dt_proj.bias,
+        mixer.A_log,
+        mixer.D,
+        mixer.out_proj.weight,
+        mixer.out_proj.bias,
+    )
+
+
+class Inner(NamedTuple):
     """What lies between the norm and the output projection; shapes (b, l, width)."""
 
     xz: Tensor  # 2e: the input of the convolution, and the gate
@@ -103,15 +115,9 @@ class _Inner(NamedTuple):
 class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, settings, x, conv_state, scan_state, seq_idx, residual, *parameters):  # type: ignore[no-untyped-def]
-        weights = _Weights(*parameters)
-        with torch.autocast(x.device.type, enabled=False):
-            x = x.to(settings.dtype)
-            inner, conv = _project(settings, x, conv_state, seq_idx, weights)
-            scan = dispatch.load_backend("selective_scan", _backend(settings, x))
-            y, final_state, states = scan.forward(
-                *_scan_inputs(settings, inner, weights), True, scan_state, seq_idx, settings.reverse, True
-            )
-            out = F.linear(y, weights.W_out.to(settings.dtype), _cast(settings, weights.b_out))
+        weights = Weights(*parameters)
+        x = x.to(settings.dtype)
+        out, conv, final_state, states, inner, y = forward(settings, x, conv_state, scan_state, seq_idx, weights)
         kept = (x, *inner, y) if residual is None else (None,) * 6
         ctx.save_for_backward(*kept, states, conv_state, scan_state, seq_idx, residual, *parameters)
         # The residual is kept as a saved tensor, which is freed in time.
@@ -124,35 +130,60 @@ class _Layer(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout, dconv, dfinal_state):  # type: ignore[no-untyped-def]
         x, xz, u, selected, delta, y, states, conv_state, scan_state, seq_idx, residual, *parameters = ctx.saved_tensors
-        settings, weights = ctx.settings, _Weights(*parameters)
+        settings, weights = ctx.settings, Weights(*parameters)
         with torch.autocast(states.device.type, enabled=False):
             if residual is None:
-                inner = _Inner(xz, u, selected, delta)
+                inner = Inner(xz, u, selected, delta)
             else:
                 x = settings.source._replace(residual=residual).compute(settings.dtype)
-                inner, _ = _project(settings, x, conv_state, seq_idx, weights)
-            gradients = _backward(
+                inner, _ = project(settings, x, conv_state, seq_idx, weights)
+            gradients = backward(
                 settings, ctx.needs_input_grad, dout, dconv, dfinal_state,
                 x, inner, y, states, conv_state, scan_state, seq_idx, weights,
             )  # fmt: skip
         return None, *gradients
 
 
-def _backward(
-    settings: _Settings,
+def forward(
+    settings: Settings,
+    x: Tensor,
+    conv_state: Tensor | None,
+    scan_state: Tensor | None,
+    seq_idx: Tensor | None,
+    weights: Weights,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Inner, Tensor]:
+    """The layer's output, its states, those that enter the scan's chunks, what lies between, and the scan's output."""
+    with torch.autocast(x.device.type, enabled=False):
+        inner, conv = project(settings, x, conv_state, seq_idx, weights)
+        scan = dispatch.load_backend("selective_scan", _backend(settings, x))
+        y, final_state, states = scan.forward(
+            *_scan_inputs(settings, inner, weights), True, scan_state, seq_idx, settings.reverse, True
+        )
+        out = F.linear(y, weights.W_out.to(settings.dtype), _cast(settings, weights.b_out))
+    return out, conv, final_state, states, inner, y
+
+
+def backward(
+    settings: Settings,
     needed: Sequence[bool],
     dout: Tensor | None,
     dconv: Tensor | None,
     dfinal_state: Tensor | None,
     x: Tensor,
-    inner: _Inner,
+    inner: Inner,
     y: Tensor | None,
     states: Tensor,
     conv_state: Tensor | None,
     scan_state: Tensor | None,
     seq_idx: Tensor | None,
-    weights: _Weights,
+    weights: Weights,
 ) -> tuple[Tensor | None, ...]:
+    """Gradients of x, the two states, two that have none, and the weights in their order.
+
+    Args:
+        needed: as ``ctx.needs_input_grad`` of settings, x, the states, two others, and the weights.
+        inner, y: of the forward pass; the scan gives y again when None.
+    """
     W_in, b_in, W_conv, b_conv, W_x, W_dt, dt_bias, A_log, D, W_out, b_out = weights
     xz, u, selected, delta = inner
     b, l, e = u.shape
@@ -231,22 +262,22 @@ def _backward(
     )
 
 
-def _backend(settings: _Settings, x: Tensor) -> str:
+def _backend(settings: Settings, x: Tensor) -> str:
     return dispatch.choose_backend("selective_scan", settings.backend, x)
 
 
-def _cast(settings: _Settings, tensor: Tensor | None) -> Tensor | None:
+def _cast(settings: Settings, tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.to(settings.dtype)
 
 
-def _project(
-    settings: _Settings,
+def project(
+    settings: Settings,
     x: Tensor,
     conv_state: Tensor | None,
     seq_idx: Tensor | None,
-    weights: _Weights,
-) -> tuple[_Inner, Tensor]:
-    """Everything before the scan, and the convolution's final state."""
+    weights: Weights,
+) -> tuple[Inner, Tensor]:
+    """Everything before the scan, and the convolution's final state; outside autocast."""
     backend = _backend(settings, x)
     xz = F.linear(x, weights.W_in.to(settings.dtype), _cast(settings, weights.b_in))
     e = xz.shape[-1] // 2
@@ -256,10 +287,10 @@ def _project(
     )
     selected = F.linear(u, weights.W_x.to(settings.dtype))
     delta = F.linear(selected[..., : settings.dt_rank], weights.W_dt.to(settings.dtype))
-    return _Inner(xz, u, selected, delta), final_state
+    return Inner(xz, u, selected, delta), final_state
 
 
-def _scan_inputs(settings: _Settings, inner: _Inner, weights: _Weights) -> tuple[Tensor | None, ...]:
+def _scan_inputs(settings: Settings, inner: Inner, weights: Weights) -> tuple[Tensor | None, ...]:
     """u, delta, A, B, C, D, z and delta_bias, as the kernels take them."""
     r, n, e = settings.dt_rank, settings.d_state, inner.u.shape[-1]
     B, C = (inner.selected[..., start : start + n].unsqueeze(2) for start in (r, r + n))
