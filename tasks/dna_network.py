@@ -130,6 +130,7 @@ class DNANetwork(Network):
     def _pool_chunks(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         patches = -(-lengths // self.patch)
         wide = torch.promote_types(self.backbone.norm.weight.dtype, torch.float32)
+        real = bool((lengths == tokens.shape[1]).all())
 
         def embed(start: int, stop: int) -> Tensor:
             return self.embedding.chunk(tokens, lengths, start * self.patch, stop * self.patch)
@@ -137,7 +138,7 @@ class DNANetwork(Network):
         gathered, _ = fold_backbone(
             self.backbone,
             embed,
-            lambda gathered, y, start: self.pooling.update(gathered, y, patches, start),
+            lambda gathered, y, start: self.pooling.update(gathered, y, patches, start, real),
             self.pooling.start(patches, self.backbone_config.d_model, wide),
             length=-(-tokens.shape[1] // self.patch),
             chunk_length=self.chunk_length // self.patch,

@@ -354,21 +354,26 @@ class _Fold(torch.autograd.Function):
                 allow_unused=True,
             )
             entering = {n: g for n, g in zip(leaves, found, strict=False) if g is not None}
-            for j, gradient in enumerate(found[len(leaves) :]):
-                totals[j] = _add(totals[j], gradient)
+            _add(totals, found[len(leaves) :])
         run.borders.clear()
         run.graphs.clear()
         own = (g if g is None else g.to(p.dtype) for g, p in zip(totals, parameters, strict=True))
         return None, *(entering.get(name) for name in run.names), *own
 
 
-def _add(total: Tensor | None, gradient: Tensor | None) -> Tensor | None:
-    """A running sum in float32 at least: thousands of chunks add up, also for 16-bit weights."""
-    if gradient is None:
-        return total
-    if total is None:
-        return gradient.to(torch.promote_types(gradient.dtype, torch.float32), copy=True)
-    return total.add_(gradient)
+def _add(totals: list[Tensor | None], gradients: Sequence[Tensor | None]) -> None:
+    """Running sums, in float32 at least: thousands of chunks add up, also for 16-bit weights."""
+    pairs: list[tuple[Tensor, Tensor]] = []
+    for i, gradient in enumerate(gradients):
+        if gradient is None:
+            continue
+        total = totals[i]
+        if total is None:
+            totals[i] = gradient.to(torch.promote_types(gradient.dtype, torch.float32), copy=True)
+        else:
+            pairs.append((total, gradient))
+    if pairs:
+        torch._foreach_add_([total for total, _ in pairs], [gradient for _, gradient in pairs])
 
 
 def _check_complete(roots: Sequence[Tensor], known: Sequence[Tensor]) -> None:
