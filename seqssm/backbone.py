@@ -43,7 +43,9 @@ class BackboneConfig:
         dropout: of each block's output.
         norm_eps: epsilon of the RMS norms.
         residual_in_fp32: keep the residual stream in float32 when the model is cast to 16 bit.
-        checkpoint_activations: recompute each block in the backward pass: less memory, the same results.
+        checkpoint_activations: recompute each block in the backward pass: less memory, the same results. With
+            ``tight`` less still where all blocks are Mamba's on a GPU, and results that are the same but for float32's
+            rounding (:mod:`seqssm.mixers.mamba_stack`); elsewhere as with ``true``.
         backend: the kernels' backend.
     """
 
@@ -57,7 +59,7 @@ class BackboneConfig:
     dropout: float = 0.0
     norm_eps: float = 1e-5
     residual_in_fp32: bool = True
-    checkpoint_activations: bool = False
+    checkpoint_activations: bool | Literal["tight"] = False
     backend: str = "auto"
 
     def __post_init__(self) -> None:
@@ -68,6 +70,10 @@ class BackboneConfig:
             raise UserError(f"backbone.pattern {self.pattern!r} must be letters of backbone.mixers (there: {known})")
         if self.bidirectional not in ("none", "tied", "untied"):
             raise UserError(f"backbone.bidirectional must be none, tied or untied, got {self.bidirectional!r}")
+        if self.checkpoint_activations not in (False, True, "tight"):
+            raise UserError(
+                f"backbone.checkpoint_activations must be false, true or tight, got {self.checkpoint_activations!r}"
+            )
         for letter, spec in self.mixers.items():
             if not isinstance(spec, Mapping) or "class_path" not in spec or set(spec) - {"class_path", "init_args"}:
                 raise UserError(f"backbone.mixers.{letter} must have class_path and, if any, init_args; got {spec!r}")
@@ -121,7 +127,7 @@ class Block(nn.Module):
         super().__init__()
         d = config.d_model
         self.strands = 2 if config.reverse_complement else 1
-        self.recompute = config.checkpoint_activations
+        self.recompute = bool(config.checkpoint_activations)
         self.norm = RMSNorm(d, config.norm_eps, config.backend)
         self.mixer = mixer
         self.dropout = nn.Dropout(config.dropout)
@@ -262,7 +268,7 @@ class Backbone(nn.Module):
             x = x.to(torch.promote_types(x.dtype, torch.float32))
         added: Tensor | None = None  # what the block before yields, still to be added to x
         states = [_layer_state(state, i, block.mixer) if state else None for i, block in enumerate(self.blocks)]
-        if self.config.checkpoint_activations and torch.is_grad_enabled() and self._is_stack(x):
+        if self.config.checkpoint_activations == "tight" and torch.is_grad_enabled() and self._is_stack(x):
             layers = [mamba_stack.Layer(block.norm, cast(Mamba, block.mixer)) for block in self.blocks]
             x, states = mamba_stack.run(layers, x, states, seq_idx)
         else:

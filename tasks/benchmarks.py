@@ -5,15 +5,16 @@ parameters), from samples to tags, in chunks of 480 ms. Its tokens are seconds o
 over the tokens a second.
 
 ``model-dna-12x128-1048576`` is one training step of a DNA classifier, from bases to gradients: a causal backbone of 12
-layers of width 128 over 2^20 bases, embedding, pooling and head included. Behind the name: ``-checkpointed`` recomputes
-layers in the backward pass, ``-chunk262144`` takes chunks of so many bases, ``-kept2`` keeps activations of so many.
+layers of width 128 over 2^20 bases, embedding, pooling and head included. Behind the name: ``-checkpointed`` and
+``-tight`` recompute layers in the backward pass (``backbone.checkpoint_activations``), ``-chunk262144`` takes chunks of
+so many bases, ``-kept2`` keeps activations of so many chunks.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from typing import ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -105,25 +106,29 @@ class ClassifierCase(Case):
 
     layers: int
     d_model: int
-    checkpointed: bool = False
+    checkpointed: bool | Literal["tight"] = False
     chunk: int = 0
     kept: int = 1
 
     defaults: ClassVar = (
         "model-dna-12x128-1048576",
         "model-dna-12x128-1048576-checkpointed",
-        "model-dna-12x128-1048576-checkpointed-chunk262144-kept2",
+        "model-dna-12x128-1048576-tight",
+        "model-dna-12x128-1048576-tight-chunk209920-kept4",
     )
     formula: ClassVar = "the backbone's model case"
 
     @classmethod
     def parse(cls, name: str) -> Self | None:
-        match = re.fullmatch(r"(cpu-)?model-dna-(\d+)x(\d+)-(\d+)(-checkpointed)?(?:-chunk(\d+)(?:-kept(\d+))?)?", name)
+        match = re.fullmatch(
+            r"(cpu-)?model-dna-(\d+)x(\d+)-(\d+)(-checkpointed|-tight)?(?:-chunk(\d+)(?:-kept(\d+))?)?", name
+        )
         if match is None:
             return None
         layers, d_model, l = (int(size) for size in match.groups()[1:4])
         chunk, kept = int(match[6] or 0), int(match[7] or 1)
-        return cls(name, "cpu" if match[1] else "cuda", l, layers, d_model, bool(match[5]), chunk, kept)
+        checkpointed: bool | Literal["tight"] = "tight" if match[5] == "-tight" else bool(match[5])
+        return cls(name, "cpu" if match[1] else "cuda", l, layers, d_model, checkpointed, chunk, kept)
 
     @property
     def tokens(self) -> int:

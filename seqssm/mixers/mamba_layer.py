@@ -118,7 +118,8 @@ class _Layer(torch.autograd.Function):
         weights = Weights(*parameters)
         x = x.to(settings.dtype)
         out, conv, final_state, states, inner, y = forward(settings, x, conv_state, scan_state, seq_idx, weights)
-        kept = (x, *inner, y) if residual is None else (None,) * 6
+        # The step sizes' low rank, B and C are a twelfth of all; a product over the whole width makes them.
+        kept = (x, *inner, y) if residual is None else (None, None, None, inner.selected, None, None)
         ctx.save_for_backward(*kept, states, conv_state, scan_state, seq_idx, residual, *parameters)
         # The residual is kept as a saved tensor, which is freed in time.
         source = settings.source
@@ -136,7 +137,7 @@ class _Layer(torch.autograd.Function):
                 inner = Inner(xz, u, selected, delta)
             else:
                 x = settings.source._replace(residual=residual).compute(settings.dtype)
-                inner, _ = project(settings, x, conv_state, seq_idx, weights)
+                inner, _ = project(settings, x, conv_state, seq_idx, weights, selected)
             gradients = backward(
                 settings, ctx.needs_input_grad, dout, dconv, dfinal_state,
                 x, inner, y, states, conv_state, scan_state, seq_idx, weights,
@@ -202,9 +203,9 @@ def backward(
     inputs = _scan_inputs(settings, inner, weights)
     scan = dispatch.load_backend("selective_scan", backend)
     options = (True, scan_state, seq_idx, settings.reverse)
-    into = {}
+    into: dict[str, Tensor] = {}
     if backend == "triton":
-        into["dz"] = dxz[..., e:]
+        into = {"dz": dxz[..., e:], "dB": dselected[..., None, r : r + n], "dC": dselected[..., None, r + n :]}
         if y is None:
             into["y"] = y = torch.empty_like(u)
     elif y is None:
@@ -215,8 +216,8 @@ def backward(
     del dy
     if backend != "triton":
         dxz[..., e:] = dz
-    dselected[..., r : r + n] = dB[:, :, 0]
-    dselected[..., r + n :] = dC[:, :, 0]
+        dselected[..., r : r + n] = dB[:, :, 0]
+        dselected[..., r + n :] = dC[:, :, 0]
     del dB, dC, dz
     assert y is not None
     dW_out = _weight_gradient(dout, y, W_out, needed[-2])
@@ -276,8 +277,10 @@ def project(
     conv_state: Tensor | None,
     seq_idx: Tensor | None,
     weights: Weights,
+    selected: Tensor | None = None,
 ) -> tuple[Inner, Tensor]:
-    """Everything before the scan, and the convolution's final state; outside autocast."""
+    """Everything before the scan, of which ``selected`` may be there, and the convolution's final state; outside
+    autocast."""
     backend = _backend(settings, x)
     xz = F.linear(x, weights.W_in.to(settings.dtype), _cast(settings, weights.b_in))
     e = xz.shape[-1] // 2
@@ -285,7 +288,8 @@ def project(
     u, final_state = conv.forward(
         xz[..., :e], weights.W_conv.squeeze(1), weights.b_conv, True, conv_state, seq_idx, settings.reverse
     )
-    selected = F.linear(u, weights.W_x.to(settings.dtype))
+    if selected is None:
+        selected = F.linear(u, weights.W_x.to(settings.dtype))
     delta = F.linear(selected[..., : settings.dt_rank], weights.W_dt.to(settings.dtype))
     return Inner(xz, u, selected, delta), final_state
 

@@ -104,14 +104,14 @@ def test_the_stream_is_gone_back_in_float32():
     assert errors[1] < 2 * errors[0]
 
 
-def test_is_what_a_checkpointed_backbone_runs(monkeypatch):
+def test_is_what_a_tight_backbone_runs(monkeypatch):
     monkeypatch.setattr(mamba_layer, "available", lambda mixer, x: True)
     runs = []
     monkeypatch.setattr(mamba_stack, "run", lambda *given, run=mamba_stack.run: runs.append(1) or run(*given))
     backbone = make(dtype=torch.float32)
     x = torch.randn(1, 9, 8, generator=torch.Generator().manual_seed(0))
     expected = backbone(x)[0]
-    checkpointed = Backbone(BackboneConfig(**{**backbone.config.to_dict(), "checkpoint_activations": True}))
+    checkpointed = Backbone(BackboneConfig(**{**backbone.config.to_dict(), "checkpoint_activations": "tight"}))
     checkpointed.load_state_dict(backbone.state_dict())
     torch.testing.assert_close(checkpointed(x)[0], expected)
     assert len(runs) == 1
@@ -161,7 +161,9 @@ def test_agrees_with_the_blocks_on_gpu(dtype, monkeypatch):
     gradients = {}
     for stacked in (False, True):
         torch.manual_seed(0)
-        backbone = Backbone(BackboneConfig(d_model=64, n_layers=4, checkpoint_activations=stacked)).cuda()
+        backbone = Backbone(
+            BackboneConfig(d_model=64, n_layers=4, checkpoint_activations="tight" if stacked else False)
+        ).cuda()
         x = torch.randn(2, 3000, 64, device="cuda", generator=torch.Generator("cuda").manual_seed(1))
         with torch.autocast("cuda", torch.bfloat16, enabled=dtype == torch.bfloat16):
             y, state = backbone(x)
