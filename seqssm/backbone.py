@@ -267,13 +267,15 @@ class Backbone(nn.Module):
         if self.config.residual_in_fp32:
             x = x.to(torch.promote_types(x.dtype, torch.float32))
         added: Tensor | None = None  # what the block before yields, still to be added to x
-        states = [_layer_state(state, i, block.mixer) if state else None for i, block in enumerate(self.blocks)]
+        past = [_layer_state(state, i, block.mixer) if state else None for i, block in enumerate(self.blocks)]
+        states: list[State] = []
         if self.config.checkpoint_activations == "tight" and torch.is_grad_enabled() and self._is_stack(x):
             layers = [mamba_stack.Layer(block.norm, cast(Mamba, block.mixer)) for block in self.blocks]
-            x, states = mamba_stack.run(layers, x, states, seq_idx)
+            x, states = mamba_stack.run(layers, x, past, seq_idx)
         else:
-            for i, block in enumerate(self.blocks):
-                x, added, states[i] = block(x, added, states[i], seq_idx)
+            for block, entering in zip(self.blocks, past, strict=True):
+                x, added, leaving = block(x, added, entering, seq_idx)
+                states.append(leaving)
         new_state = {f"layers.{i}.{key}": value for i, own in enumerate(states) for key, value in own.items()}
         return self.norm(x, added, strands=self.d_out // self.config.d_model)[1], new_state
 

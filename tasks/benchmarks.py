@@ -154,7 +154,7 @@ class ClassifierCase(Case):
         generator = torch.Generator(self.device).manual_seed(0)
         tokens = torch.randint(4, (1, self.l), dtype=torch.uint8, device=self.device, generator=generator)
         lengths = torch.tensor([self.l], device=self.device)
-        wide = task.head[-1].weight.dtype
+        wide = next(task.head.parameters()).dtype
 
         def score() -> Tensor:
             narrow = self.device == "cuda" and wide == torch.float32

@@ -10,10 +10,10 @@ block but the scan is computed again, as in :mod:`seqssm.mixers.mamba_layer`. A 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from seqssm.kernels import dispatch
 from seqssm.kernels.rms_norm.op import add_rms_norm
@@ -21,16 +21,21 @@ from seqssm.mixers import mamba_layer
 from seqssm.mixers.base import RMSNorm, State
 from seqssm.mixers.mamba import Mamba
 
+if TYPE_CHECKING:
+    from seqssm.backbone import Block
 
-def available(block: nn.Module, x: Tensor) -> bool:
+
+def available(block: Block, x: Tensor) -> bool:
     """Whether :func:`run` can take the parts of a block, given a stream like x.
 
     They must be on their own: what a hook is to see (a sharded module gathers its weights in one) must be called.
     """
-    parts = block.norm, block.mixer
-    if any(part._forward_hooks or part._forward_pre_hooks for part in (block, *parts)):
+    mixer = block.mixer
+    if any(part._forward_hooks or part._forward_pre_hooks for part in (block, block.norm, mixer)):
         return False
-    return x.dtype == torch.float32 and type(parts[1]) is Mamba and mamba_layer.available(parts[1], x)
+    # The convolution of a part of a sequence needs the neighbour's tokens, layer by layer.
+    whole = isinstance(mixer, Mamba) and not mixer.operations.split
+    return whole and x.dtype == torch.float32 and type(mixer) is Mamba and mamba_layer.available(mixer, x)
 
 
 class Layer(NamedTuple):
@@ -128,6 +133,7 @@ class _Stack(torch.autograd.Function):
                     dadded, dleaving[2 * i], dleaving[2 * i + 1],
                     y, inner, None, states, block.conv, block.scan, seq_idx, block.weights,
                 )  # fmt: skip
+                assert dy is not None
                 del inner, y, states
                 dtotal, dadded, dnorm = _norm_backward(own, dy, dtotal, total, block.norm, dtype)
                 gradients.append((dconv, dscan, dnorm, *dweights))
