@@ -10,14 +10,16 @@ give its output along with the gradients.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from seqssm.errors import UserError
 from seqssm.kernels import dispatch
+from seqssm.kernels.selective_scan.part import Join, decay
 from seqssm.mixers.base import Normed, State
 
 if TYPE_CHECKING:
@@ -26,7 +28,9 @@ if TYPE_CHECKING:
 
 def available(mixer: Mamba, x: Tensor) -> bool:
     """Whether :func:`run` takes x: it is made for the Triton kernels, and the compiler would not see through it."""
-    if torch.compiler.is_compiling() or x.dtype == torch.float64 or mixer.operations.split:
+    if torch.compiler.is_compiling() or x.dtype == torch.float64:
+        return False
+    if mixer.operations.split and mixer.in_proj.bias is not None:  # the tokens before a part are projected from zeros
         return False
     return dispatch.choose_backend("selective_scan", mixer.backend, x) == "triton"
 
@@ -40,16 +44,30 @@ def run(
         source: what x is the norm of, for the backward pass to compute again all that is cheap; None to keep it all.
     """
     settings = settings_of(mixer, x, source, reverse)
+    conv_state, scan_state = (None, None) if state is None else (state["conv"], state["scan"])
+    if mixer.operations.split:
+        if state is not None:
+            raise UserError("a sequence whose length is split over processes starts without a state: give it whole")
+        settings = settings._replace(join=mixer.operations.join(seq_idx, (reverse,)))
+        conv_state = _convolved_before(mixer, x, seq_idx, reverse)
     y, conv, scan = _Layer.apply(
         settings,
         x,
-        None if state is None else state["conv"],
-        None if state is None else state["scan"],
+        conv_state,
+        scan_state,
         seq_idx,
         None if source is None else source.residual,
         *weights_of(mixer),
     )
     return y, {"conv": conv, "scan": scan}
+
+
+def _convolved_before(mixer: Mamba, x: Tensor, seq_idx: Tensor | None, reverse: bool) -> Tensor | None:
+    """(b, e, k-1): what the convolution takes from before this part, projected here from the neighbour's tokens."""
+    if mixer.d_conv == 1:
+        return None
+    before = mixer.operations.before(x, mixer.d_conv - 1, seq_idx=seq_idx, reverse=reverse)
+    return F.linear(before, mixer.in_proj.weight[: mixer.d_inner]).mT.contiguous()
 
 
 def settings_of(mixer: Mamba, x: Tensor, source: Normed | None = None, reverse: bool = False) -> Settings:
@@ -68,6 +86,7 @@ class Settings(NamedTuple):
     backend: str
     dtype: torch.dtype
     source: Normed | None
+    join: Join | None = None  # for a part of a sequence
 
 
 class Weights(NamedTuple):
@@ -157,8 +176,9 @@ def forward(
     with torch.autocast(x.device.type, enabled=False):
         inner, conv = project(settings, x, conv_state, seq_idx, weights)
         scan = dispatch.load_backend("selective_scan", _backend(settings, x))
+        inputs = _scan_inputs(settings, inner, weights)
         y, final_state, states = scan.forward(
-            *_scan_inputs(settings, inner, weights), True, scan_state, seq_idx, settings.reverse, True
+            *inputs, True, scan_state, seq_idx, settings.reverse, True, **_joined(settings, inputs[2], False)
         )
         out = F.linear(y, weights.W_out.to(settings.dtype), _cast(settings, weights.b_out))
     return out, conv, final_state, states, inner, y
@@ -211,7 +231,7 @@ def backward(
     elif y is None:
         y = scan.forward(*inputs, *options, False)[0]
     du, ddelta, dA, dB, dC, dD, dz, ddt_bias, dscan_state = scan.backward(
-        dy, dfinal_state, states, *inputs, *options, **into
+        dy, dfinal_state, states, *inputs, *options, **into, **_joined(settings, A, True)
     )
     del dy
     if backend != "triton":
@@ -263,6 +283,12 @@ def backward(
     )
 
 
+def _joined(settings: Settings, A: Tensor, backward: bool) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
+    """What the scan of a part takes besides."""
+    join = settings.join
+    return {} if join is None else {"join": lambda own, total: join(own, decay(A, total), backward)}
+
+
 def _backend(settings: Settings, x: Tensor) -> str:
     return dispatch.choose_backend("selective_scan", settings.backend, x)
 
@@ -294,7 +320,7 @@ def project(
     return Inner(xz, u, selected, delta), final_state
 
 
-def _scan_inputs(settings: Settings, inner: Inner, weights: Weights) -> tuple[Tensor | None, ...]:
+def _scan_inputs(settings: Settings, inner: Inner, weights: Weights) -> tuple[Any, ...]:
     """u, delta, A, B, C, D, z and delta_bias, as the kernels take them."""
     r, n, e = settings.dt_rank, settings.d_state, inner.u.shape[-1]
     B, C = (inner.selected[..., start : start + n].unsqueeze(2) for start in (r, r + n))

@@ -33,9 +33,9 @@ def available(block: Block, x: Tensor) -> bool:
     mixer = block.mixer
     if any(part._forward_hooks or part._forward_pre_hooks for part in (block, block.norm, mixer)):
         return False
-    # The convolution of a part of a sequence needs the neighbour's tokens, layer by layer.
-    whole = isinstance(mixer, Mamba) and not mixer.operations.split
-    return whole and x.dtype == torch.float32 and type(mixer) is Mamba and mamba_layer.available(mixer, x)
+    if type(mixer) is not Mamba or mixer.operations.split:  # a part of a sequence meets its neighbours in every layer
+        return False
+    return x.dtype == torch.float32 and mamba_layer.available(mixer, x)
 
 
 class Layer(NamedTuple):
