@@ -154,8 +154,8 @@ def main(
     """Run benchmarks, report each as it is done, and write them down.
 
     Args:
-        names: case names, or patterns over the default cases (``"cpu-*"``); None for every default case of the best
-            device here.
+        names: case names, or families (``"model"``) and patterns (``"cpu-*"``) of the default cases; None for every
+            default case of the best device here.
         json_path: JSON file to write. Cases in it that are not run again stay.
         families: the kinds of cases there are.
         seconds: time to spend on each implementation and pass; 2 on a GPU and 5 on the CPU when None.
@@ -193,14 +193,14 @@ def main(
 
 
 def select(names: Sequence[str] | None, families: Sequence[type[Case]]) -> list[Case]:
-    """The cases of names and patterns, in order, each once."""
+    """The cases of names, families and patterns, in order, each once."""
     defaults = [name for family in families for name in family.defaults]
     if not names:
         cuda = torch.cuda.is_available()
         names = [name for name in defaults if name.startswith("cpu-") != cuda]
     chosen: dict[str, Case] = {}
     for name in names:
-        for match in fnmatch.filter(defaults, name) or [name]:
+        for match in fnmatch.filter(defaults, name) or fnmatch.filter(defaults, f"{name}-*") or [name]:
             case = next((c for c in (family.parse(match) for family in families) if c is not None), None)
             if case is None:
                 raise UserError(

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from seqssm.directions import NO_STATE, Bidirectional, ReverseComplement
 from seqssm.errors import UserError
-from seqssm.mixers import Mixer, State
+from seqssm.mixers import Mamba, Mixer, State, mamba_stack
 from seqssm.mixers.base import Normed, RMSNorm
 
 
@@ -43,7 +43,9 @@ class BackboneConfig:
         dropout: of each block's output.
         norm_eps: epsilon of the RMS norms.
         residual_in_fp32: keep the residual stream in float32 when the model is cast to 16 bit.
-        checkpoint_activations: recompute each block in the backward pass: less memory, the same results.
+        checkpoint_activations: recompute each block in the backward pass: less memory, the same results. With
+            ``tight`` less still where all blocks are Mamba's on a GPU, and results that are the same but for float32's
+            rounding (:mod:`seqssm.mixers.mamba_stack`); elsewhere as with ``true``.
         backend: the kernels' backend.
     """
 
@@ -57,7 +59,7 @@ class BackboneConfig:
     dropout: float = 0.0
     norm_eps: float = 1e-5
     residual_in_fp32: bool = True
-    checkpoint_activations: bool = False
+    checkpoint_activations: bool | Literal["tight"] = False
     backend: str = "auto"
 
     def __post_init__(self) -> None:
@@ -68,6 +70,10 @@ class BackboneConfig:
             raise UserError(f"backbone.pattern {self.pattern!r} must be letters of backbone.mixers (there: {known})")
         if self.bidirectional not in ("none", "tied", "untied"):
             raise UserError(f"backbone.bidirectional must be none, tied or untied, got {self.bidirectional!r}")
+        if self.checkpoint_activations not in (False, True, "tight"):
+            raise UserError(
+                f"backbone.checkpoint_activations must be false, true or tight, got {self.checkpoint_activations!r}"
+            )
         for letter, spec in self.mixers.items():
             if not isinstance(spec, Mapping) or "class_path" not in spec or set(spec) - {"class_path", "init_args"}:
                 raise UserError(f"backbone.mixers.{letter} must have class_path and, if any, init_args; got {spec!r}")
@@ -121,7 +127,7 @@ class Block(nn.Module):
         super().__init__()
         d = config.d_model
         self.strands = 2 if config.reverse_complement else 1
-        self.recompute = config.checkpoint_activations
+        self.recompute = bool(config.checkpoint_activations)
         self.norm = RMSNorm(d, config.norm_eps, config.backend)
         self.mixer = mixer
         self.dropout = nn.Dropout(config.dropout)
@@ -272,13 +278,28 @@ class Backbone(nn.Module):
         if self.config.residual_in_fp32:
             x = x.to(torch.promote_types(x.dtype, torch.float32))
         added: Tensor | None = None  # what the block before yields, still to be added to x
-        new_state: State = {}
-        for i, block in enumerate(self.blocks):
-            past = _layer_state(state, i, block.mixer) if state else None
-            x, added, layer_state = block(x, added, past, seq_idx)
-            for key, value in layer_state.items():
-                new_state[f"layers.{i}.{key}"] = value
+        past = [_layer_state(state, i, block.mixer) if state else None for i, block in enumerate(self.blocks)]
+        states: list[State] = []
+        if self.config.checkpoint_activations == "tight" and torch.is_grad_enabled() and self._is_stack(x):
+            layers = [mamba_stack.Layer(block.norm, cast(Mamba, block.mixer)) for block in self.blocks]
+            x, states = mamba_stack.run(layers, x, past, seq_idx)
+        else:
+            for block, entering in zip(self.blocks, past, strict=True):
+                x, added, leaving = block(x, added, entering, seq_idx)
+                states.append(leaving)
+        new_state = {f"layers.{i}.{key}": value for i, own in enumerate(states) for key, value in own.items()}
         return self.norm(x, added, strands=self.d_out // self.config.d_model)[1], new_state
+
+    def _is_stack(self, x: Tensor) -> bool:
+        """Whether nothing but Mamba layers and their norms stands between input and output."""
+        return all(
+            type(block) is Block  # and not what shards one
+            and block.mlp is None
+            and block.strands == 1
+            and (block.dropout.p == 0 or not block.training)
+            and mamba_stack.available(block, x)
+            for block in self.blocks
+        )
 
     def step(self, x: Tensor, state: State) -> Tensor:
         """One token, x (b, d) -> y (b, d), updating ``state`` in place: the fastest decoding, without gradients."""

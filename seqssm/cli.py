@@ -31,6 +31,7 @@ TOOLS = {
     "checkpoints": "list the checkpoints that come with seqssm; export, import and describe them",
     "hub": "copy checkpoints to and from a hub repository",
     "bench": "time the kernels and models on this machine",
+    "mixers": "train each kind of mixer with the same budget, and compare them",
 }
 TRAINER_COMMANDS = {
     "fit": "train a task from a config",

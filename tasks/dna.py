@@ -56,6 +56,8 @@ class DNAClassification(DNANetwork, Task):
         chunk_length: run longer windows in chunks of so many bases, with the gradients of one pass in the memory of one
             chunk, for a causal backbone without attention (:mod:`seqssm.longcontext.chunked`); 0 for one pass.
         chunk_offload: keep what crosses the borders between chunks in the memory of the host.
+        chunk_kept: how many chunks of a window, its last ones, keep their activations instead of being run a second
+            time in the backward pass: faster, where memory allows. The first of them costs none.
         optimizer: learning rate and its schedule.
         init_from: a checkpoint whose backbone and embedding to start from: a shipped name, a folder or a .ckpt.
     """
@@ -79,6 +81,7 @@ class DNAClassification(DNANetwork, Task):
         average_strands: bool = True,
         chunk_length: int = 0,
         chunk_offload: bool = False,
+        chunk_kept: int = 1,
         optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 - frozen
         init_from: str | None = None,
     ) -> None:
@@ -96,6 +99,7 @@ class DNAClassification(DNANetwork, Task):
             average_strands=average_strands,
             chunk_length=chunk_length,
             chunk_offload=chunk_offload,
+            chunk_kept=chunk_kept,
             optimizer=optimizer,
             init_from=init_from,
             label_smoothing=label_smoothing,

@@ -238,10 +238,13 @@ class Pooling(nn.Module):
             gathered["max"] = torch.full(shape, -torch.inf, dtype=dtype, device=device)
         return gathered
 
-    def update(self, gathered: dict[str, Tensor], y: Tensor, lengths: Tensor, start: int) -> dict[str, Tensor]:
+    def update(
+        self, gathered: dict[str, Tensor], y: Tensor, lengths: Tensor, start: int, real: bool = False
+    ) -> dict[str, Tensor]:
         """Add positions ``start`` to ``start + l``, y (b, l, d), of sequences of (b,) ``lengths``.
 
-        Where two chunks attain a maximum exactly, each takes half of its gradient.
+        ``real`` says that none of them is padding, and saves the passes over y that hide it. Where two chunks attain a
+        maximum exactly, each takes half of its gradient.
         """
         wide = torch.promote_types(y.dtype, torch.float32)
         if self.mode == "last":
@@ -250,15 +253,17 @@ class Pooling(nn.Module):
             own = y[torch.arange(len(y), device=y.device), at.clamp(0, y.shape[1] - 1)].to(wide)
             return {"last": torch.where(inside[:, None], own, gathered["last"])}
         position = start + torch.arange(y.shape[1], device=y.device)[None]  # (1, l)
-        real = position < lengths[:, None]  # (b, l)
-        number = (position * self.bins).div(lengths[:, None], rounding_mode="floor")
-        part = [real & (number == i) for i in range(self.bins)] if self.bins > 1 else [real]
+        part: list[Tensor | None] = [None]
+        if self.bins > 1 or not real:
+            inside = position < lengths[:, None]  # (b, l)
+            number = (position * self.bins).div(lengths[:, None], rounding_mode="floor")
+            part = [inside & (number == i) for i in range(self.bins)]
         new = {}
         if "sum" in gathered:
-            sums = [y.masked_fill(~members[..., None], 0).sum(1, dtype=wide) for members in part]
+            sums = [_only(y, members, 0).sum(1, dtype=wide) for members in part]
             new["sum"] = gathered["sum"] + torch.stack(sums, 1)
         if "max" in gathered:
-            peaks = [y.masked_fill(~members[..., None], -torch.inf).amax(1) for members in part]
+            peaks = [_only(y, members, -torch.inf).amax(1) for members in part]
             new["max"] = torch.maximum(gathered["max"], torch.stack(peaks, 1).to(wide))
         return new
 
@@ -287,6 +292,11 @@ class Pooling(nn.Module):
             return y.amax(1)
         peak = y.masked_fill(~members[..., None], -torch.inf).amax(1)
         return peak.masked_fill(~members.any(1, keepdim=True), 0)
+
+
+def _only(y: Tensor, members: Tensor | None, other: float) -> Tensor:
+    """y (b, l, d) with ``other`` where ``members`` (b, l) are false; None for all."""
+    return y if members is None else y.masked_fill(~members[..., None], other)
 
 
 def kmer_ids(tokens: Tensor, k: int, reverse: bool = False) -> Tensor:

@@ -55,6 +55,7 @@ class DNANetwork(Network):
         average_strands: bool = True,
         chunk_length: int = 0,
         chunk_offload: bool = False,
+        chunk_kept: int = 1,
         **training: Any,
     ) -> None:
         super().__init__(
@@ -71,12 +72,13 @@ class DNANetwork(Network):
             average_strands=average_strands,
             chunk_length=chunk_length,
             chunk_offload=chunk_offload,
+            chunk_kept=chunk_kept,
             **training,
         )
         self.labels = list(labels)
         self.patch = patch
         self.average_strands = average_strands
-        self.chunk_length, self.chunk_offload = chunk_length, chunk_offload
+        self.chunk_length, self.chunk_offload, self.chunk_kept = chunk_length, chunk_offload, chunk_kept
 
         config = self.backbone_config
         if patch > 1 and config.reverse_complement:
@@ -128,6 +130,7 @@ class DNANetwork(Network):
     def _pool_chunks(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         patches = -(-lengths // self.patch)
         wide = torch.promote_types(self.backbone.norm.weight.dtype, torch.float32)
+        real = bool((lengths == tokens.shape[1]).all())
 
         def embed(start: int, stop: int) -> Tensor:
             return self.embedding.chunk(tokens, lengths, start * self.patch, stop * self.patch)
@@ -135,12 +138,13 @@ class DNANetwork(Network):
         gathered, _ = fold_backbone(
             self.backbone,
             embed,
-            lambda gathered, y, start: self.pooling.update(gathered, y, patches, start),
+            lambda gathered, y, start: self.pooling.update(gathered, y, patches, start, real),
             self.pooling.start(patches, self.backbone_config.d_model, wide),
             length=-(-tokens.shape[1] // self.patch),
             chunk_length=self.chunk_length // self.patch,
             modules=[self.embedding],
             offload=self.chunk_offload,
+            kept=self.chunk_kept,
         )
         return self.pooling.finish(gathered, patches, wide)
 
@@ -149,6 +153,8 @@ class DNANetwork(Network):
             raise UserError(
                 f"model.chunk_length is {self.chunk_length}: give a multiple of model.patch ({self.patch}), or 0"
             )
+        if self.chunk_kept < 0:
+            raise UserError(f"model.chunk_kept is {self.chunk_kept}: give the number of chunks, 0 or more")
         if positions or standardize:
             raise UserError(
                 "model.chunk_length cannot go with model.positions, which are for short windows, nor with "

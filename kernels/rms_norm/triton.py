@@ -17,9 +17,9 @@ _ENOUGH_PROGRAMS, _MOST_ROWS = 2048, 256
 
 
 def forward(
-    x: Tensor, added: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype
+    x: Tensor, added: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype, subtract: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """The norm in ``dtype``, and the sum, (..., d) each; no sum without ``added``."""
+    """The norm in ``dtype`` and the sum (difference with ``subtract``), (..., d) each; no sum without ``added``."""
     d = x.shape[-1]
     n = x.numel() // d
     block_d, block_r, warps = _blocks(d)
@@ -28,10 +28,10 @@ def forward(
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
     total = None if added is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     with use_device(x):
-        launcher("norm", "forward", eps, dtype, tensors=(x, added, weight))(
+        launcher("norm", "forward", subtract, eps, dtype, tensors=(x, added, weight))(
             forward_kernel, triton.cdiv(n, block_r),
             x, added, weight.contiguous(), y, total, n, d, eps,
-            BLOCK_R=block_r, BLOCK_D=block_d, num_warps=warps,
+            SUBTRACT=subtract, BLOCK_R=block_r, BLOCK_D=block_d, num_warps=warps,
         )  # fmt: skip
     return y, total
 
@@ -68,15 +68,18 @@ def _blocks(d: int) -> tuple[int, int, int]:
 
 
 @triton.jit(do_not_specialize=["n"])
-def forward_kernel(x, added, weight, y, total, n, d, eps, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
-    """BLOCK_R rows of x and ``added`` (n, d): their sum and its norm."""
+def forward_kernel(
+    x, added, weight, y, total, n, d, eps, SUBTRACT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """BLOCK_R rows of x and ``added`` (n, d): their sum, or difference, and its norm."""
     c = tl.arange(0, BLOCK_D)
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     mask = (row < n)[:, None] & (c < d)[None, :]
     at = row[:, None] * d + c[None, :]
     value = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
     if added is not None:
-        value += tl.load(added + at, mask=mask, other=0.0).to(tl.float32)
+        other = tl.load(added + at, mask=mask, other=0.0).to(tl.float32)
+        value = value - other if SUBTRACT else value + other
         stored = value.to(total.dtype.element_ty)
         tl.store(total + at, stored, mask=mask)
         value = stored.to(tl.float32)

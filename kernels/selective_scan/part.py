@@ -44,8 +44,8 @@ def scan_part(
     return _ScanPart.apply(join, delta_softplus, reverse, seq_idx, u, delta, A, B, C, D, z, delta_bias)
 
 
-def _decay(A: Tensor, total_steps: Tensor) -> Tensor:
-    """(b, d, n): exp(A total), zero where a reset made the total infinite."""
+def decay(A: Tensor, total_steps: Tensor) -> Tensor:
+    """What a part multiplies an entering state by, (b, d, n): exp(A total), 0 where a reset made the total infinite."""
     total = total_steps[..., None]
     return torch.exp(A.float() * total).masked_fill(total.isinf(), 0)
 
@@ -56,7 +56,7 @@ class _ScanPart(torch.autograd.Function):
         inputs = (u, delta, A, B, C, D, z, delta_bias)
         y, final_state, states = dispatch.load_backend("selective_scan", "triton").forward(
             *inputs, delta_softplus, None, seq_idx, reverse, any(ctx.needs_input_grad),
-            join=lambda own, total: join(own, _decay(A, total), False),
+            join=lambda own, total: join(own, decay(A, total), False),
         )  # fmt: skip
         ctx.save_for_backward(states, seq_idx, *inputs)
         ctx.join, ctx.delta_softplus, ctx.reverse = join, delta_softplus, reverse
@@ -74,7 +74,7 @@ class _ScanPart(torch.autograd.Function):
             dfinal_state = u.new_zeros(u.shape[0], *A.shape, dtype=torch.float32)
         *gradients, _ = dispatch.load_backend("selective_scan", "triton").backward(
             dy, dfinal_state, states, *inputs, ctx.delta_softplus, None, seq_idx, ctx.reverse,
-            join=lambda own, total: ctx.join(own, _decay(A, total), True),
+            join=lambda own, total: ctx.join(own, decay(A, total), True),
         )  # fmt: skip
         cast = (None if x is None else gradient.to(x.dtype) for x, gradient in zip(inputs, gradients, strict=True))
         return None, None, None, None, *cast

@@ -138,12 +138,15 @@ def backward(
     reverse: tuple[bool, ...],
     dz: Tensor | None = None,
     y: Tensor | None = None,
+    dB: Tensor | None = None,
+    dC: Tensor | None = None,
     join: Join | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of u, delta, A, B, C, D, z, delta_bias and initial_state; slabs of chunks, last to first.
 
     With z, the gradient of z goes into ``dz``, of any strides, where it is given, and ``y`` (contiguous) takes the
-    output of the forward pass, which is at hand on the way. With ``join`` the tokens are a part of a sequence: what it
+    output of the forward pass, which is at hand on the way. Those of B and C go into ``dB`` and ``dC`` where both are
+    given, of the same strides, states side by side. With ``join`` the tokens are a part of a sequence: what it
     makes of the gradient that the part gives to the state entering it comes on top of ``dfinal_state``.
     """
     b, l, d = u.shape
@@ -160,7 +163,8 @@ def backward(
     du, ddelta = (torch.empty(u.shape, dtype=x.dtype, device=u.device) for x in (u, delta))
     if dz is None and z is not None:
         dz = torch.empty(u.shape, dtype=z.dtype, device=u.device)
-    dB, dC = (torch.empty(B.shape, dtype=x.dtype, device=u.device) for x in (B, C))
+    if dB is None or dC is None:
+        dB, dC = (torch.empty(B.shape, dtype=x.dtype, device=u.device) for x in (B, C))
     blocks = triton.cdiv(d // g, block)
     history = _float32(b, slab * (CHUNK // tile), n, d, like=u, spare=d)
     adjoint, dA = (_float32(b, slab, n, d, like=u, spare=d) for _ in range(2))
@@ -186,7 +190,7 @@ def backward(
         return packed, tiles
 
     with use_device(u):
-        tensors = (u, delta, z, dy, B, C, D, delta_bias, initial_state, seq_idx, dz, y)
+        tensors = (u, delta, z, dy, B, C, D, delta_bias, initial_state, seq_idx, dz, y, dB, dC)
         launch = launcher("scan", "backward", delta_softplus, reverse, join is None, n, tensors=tensors)
         made: tuple[Tensor, int] | None = None
         if join is not None:
@@ -213,7 +217,7 @@ def backward(
             block_t, block_n = _pack_block(count * CHUNK, n)
             launch(
                 unpack_kernel, b * g * triton.cdiv(count * CHUNK, block_t),
-                dpacked, dB, dC, first * CHUNK, tiles, l, g, blocks, n, mask,
+                dpacked, dB, dC, *dB.stride()[:3], first * CHUNK, tiles, l, g, blocks, n, mask,
                 TILE=tile, BLOCK_T=block_t, BLOCK_N=block_n,
             )  # fmt: skip
     return (

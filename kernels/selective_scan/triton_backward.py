@@ -380,10 +380,11 @@ def gradient_kernel(
 
 @triton.jit(do_not_specialize=["start", "tiles", "length", "reverse_mask"])
 def unpack_kernel(
-    dpacked, dB, dC, start, tiles, length, groups, blocks, states, reverse_mask,
+    dpacked, dB, dC, d_b, d_t, d_g, start, tiles, length, groups, blocks, states, reverse_mask,
     TILE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dB, dC (b, l, g, n) from scan time ``start`` on: the sums over the blocks of channels, in a fixed order."""
+    """dB, dC (b, l, g, n), of the same strides, from scan time ``start`` on: the sums over the blocks of channels, in a
+    fixed order."""
     TILES: tl.constexpr = BLOCK_T // TILE
     parts = tl.cdiv(tiles, TILES)
     pid = tl.program_id(0)
@@ -406,6 +407,6 @@ def unpack_kernel(
             dc += tl.load(at + TILE, mask=there, other=0.0)
             at += size
         inside = there & (time < length)
-        out = ((batch * length + token) * groups + group) * states + n
+        out = batch * d_b + token * d_t + group * d_g + n
         tl.store(dB + out, db.to(dB.dtype.element_ty), mask=inside)
         tl.store(dC + out, dc.to(dC.dtype.element_ty), mask=inside)

@@ -7,7 +7,11 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("cases", nargs="*", help="case names or patterns, such as 'cpu-*'; default: all of this device")
+    parser.add_argument(
+        "cases",
+        nargs="*",
+        help="case names, families such as model, or patterns such as 'cpu-*'; default: all of this device",
+    )
     parser.add_argument("--json", type=Path, help="file for the figures; cases in it that are not run again stay")
     parser.add_argument("--seconds", type=float, help="time to spend on each implementation and pass")
     parser.add_argument("--no-peers", action="store_true", help="leave other libraries out")
@@ -17,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from seqssm.benchmarks import CASES
     from seqssm.kernels.bench import main
-    from seqssm.tasks.benchmarks import TaggingCase
+    from seqssm.tasks.benchmarks import ClassifierCase, TaggingCase
 
     options = {"seconds": args.seconds, "peers": not args.no_peers, "memory": not args.no_memory}
-    main(args.cases or None, args.json, families=(*CASES, TaggingCase), **options)
+    main(args.cases or None, args.json, families=(*CASES, ClassifierCase, TaggingCase), **options)

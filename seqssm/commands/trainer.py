@@ -30,7 +30,7 @@ from seqssm.tasks.base import Task, read_checkpoint
 COMMANDS = ("fit", "validate", "test", "predict")
 FROM_DATA = ("labels", "multi_label", "features", "tokenizer", "text", "vocabulary_size")
 """Arguments of a model that are the data's to say; those that a task does not take are left out."""
-HOW_NOT_WHAT = ("thresholds", "chunk_length", "chunk_offload")
+HOW_NOT_WHAT = ("thresholds", "chunk_length", "chunk_offload", "chunk_kept")
 """Arguments of a model that a resumed run may change: they leave what is learnt as it is."""
 
 

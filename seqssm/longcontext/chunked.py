@@ -4,7 +4,8 @@ A causal backbone carries a state from chunk to chunk. The forward pass runs chu
 only what crosses the borders: the state, and whatever a loss or a pooling has gathered so far. The backward pass takes
 the chunks from the last to the first, recomputes one at a time from the state that entered it, and hands the gradient
 of that state on to the chunk before. Nothing is truncated: the gradients are those of one pass over the sequence, at
-the cost of a second forward pass (that of gradient checkpointing: Chen et al., 2016, along the sequence).
+the cost of a second forward pass (that of gradient checkpointing: Chen et al., 2016, along the sequence). The last
+chunk is the first one needed and is not run twice; where memory allows, nor are some before it.
 
 Inside, all of it is one node of autograd, so a training step stays ordinary: ``loss.backward()``, gradient
 accumulation, clipping, mixed precision and distributed data parallel see each parameter's gradient once.
@@ -74,6 +75,7 @@ def fold_backbone(
     modules: Iterable[nn.Module] = (),
     state: State | None = None,
     offload: bool = False,
+    kept: int = 1,
 ) -> tuple[Carry, State]:
     """Run a causal backbone over a sequence chunk by chunk and reduce its outputs, with exact gradients.
 
@@ -92,6 +94,8 @@ def fold_backbone(
         modules: those whose parameters ``embed`` and ``reduce`` use.
         state: the state that enters at the first position, with gradients if it has any; None at a sequence's start.
         offload: keep what crosses the borders in pinned memory of the host, for many chunks on a GPU.
+        kept: how many of the last chunks keep their activations instead of being run again: time against memory, but
+            the first costs no memory, as each chunk's activations are there once in turn.
 
     Returns:
         The carry behind the last chunk and the backbone's state there, both with gradients.
@@ -111,7 +115,7 @@ def fold_backbone(
 
     parameters = [p for module in (backbone, *modules) for p in module.parameters()]
     first = {**_named(STATE, state or {}), **_named(CARRY, carry)}
-    last = fold(step, -(-length // chunk_length), first, parameters, offload=offload)
+    last = fold(step, -(-length // chunk_length), first, parameters, offload=offload, kept=kept)
     return _under(CARRY, last), _under(STATE, last)
 
 
@@ -182,17 +186,19 @@ def fold(
     parameters: Iterable[Tensor],
     *,
     offload: bool = False,
+    kept: int = 1,
 ) -> Carry:
     """``for i in range(steps): carry = step(i, carry)``, differentiable in the memory of one step.
 
     Args:
         step: a function of the number of the step, the carry and ``parameters`` alone. It is called twice for each
-            step, the second time in the backward pass with the same random numbers and the same autocast; it must not
-            write to the carry it is given. The names in a carry may change from step to step.
+            step but the last ones, the second time in the backward pass with the same random numbers and the same
+            autocast; it must not write to the carry it is given. The names in a carry may change from step to step.
         steps: how many, at least 1.
         carry: what enters the first step.
         parameters: every tensor that needs a gradient and that ``step`` reads, apart from the carry.
         offload: keep the carries between steps in pinned memory of the host rather than on the GPU.
+        kept: how many of the last steps are called once, in the memory of so many.
 
     Returns:
         The last carry. Its gradients reach ``parameters`` and the first carry; there are no second derivatives.
@@ -201,15 +207,15 @@ def fold(
         RuntimeError: in the backward pass: ``step`` uses a tensor that needs a gradient and is not among
             ``parameters``, one of these was modified since the forward pass, or the backward pass runs a second time.
     """
-    if steps < 1:
-        raise ValueError(f"a fold has one step at least, got {steps}")
+    if steps < 1 or kept < 0:
+        raise ValueError(f"a fold has one step at least, and keeps none at least; got {steps} and {kept}")
     needed = [p for p in {id(p): p for p in parameters}.values() if p.requires_grad]
     differentiable = bool(needed) or any(value.requires_grad for value in carry.values())
-    if steps == 1 or not (differentiable and torch.is_grad_enabled()):
+    if steps <= max(kept, 1) or not (differentiable and torch.is_grad_enabled()):
         for i in range(steps):
             carry = step(i, carry)
         return carry
-    run = _Run(step, steps, tuple(carry), offload, next(iter([*needed, *carry.values()])).device)
+    run = _Run(step, steps, kept, tuple(carry), offload, next(iter([*needed, *carry.values()])).device)
     values = _Fold.apply(run, *carry.values(), *needed)
     return dict(zip(run.last_names, values, strict=True))
 
@@ -234,34 +240,41 @@ class _Run:
         self,
         step: Callable[[int, Carry], Carry],
         steps: int,
+        kept: int,
         names: tuple[str, ...],
         offload: bool,
         device: torch.device,
     ) -> None:
         self.step, self.steps, self.names, self.device = step, steps, names, device
+        self.again = steps - kept  # the first steps, which are run again
         self.offload = offload and device.type == "cuda"
         self.last_names: tuple[str, ...] = ()
-        self.borders: list[tuple[Carry, list[Tensor]]] = []  # for each step: what entered it, states of the generators
+        self.borders: list[tuple[Carry, list[Tensor]]] = []  # for each of them: what entered it, the generators' states
+        self.graphs: list[tuple[Carry, Carry]] = []  # for each of the others: what entered it, and what it gave
         self.cast, self.cast_dtype = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
 
     def forward(self, carry: Carry) -> Carry:
         with torch.no_grad(), self._autocast():
-            for i in range(self.steps):
+            for i in range(self.again):
                 self.borders.append((self._keep(carry), self._generators()))
                 carry = self.step(i, carry)
+        with torch.enable_grad(), self._autocast():
+            for i in range(self.again, self.steps):
+                leaves = _leaves(carry)
+                outputs = self.step(i, dict(leaves))
+                self.graphs.append((leaves, outputs))
+                carry = {name: value.detach() for name, value in outputs.items()}
         self.last_names = tuple(carry)
         return carry
 
-    def recompute(self, i: int) -> tuple[Carry, Carry]:
+    def graph(self, i: int) -> tuple[Carry, Carry]:
         """What entered step i, as leaves, and what it gives, with the graph between; to be called from the last on."""
-        if len(self.borders) != i + 1:
+        if len(self.borders) + len(self.graphs) != i + 1:
             raise RuntimeError("a fold forgets its steps as it goes back through them: call backward() once")
+        if self.graphs:
+            return self.graphs.pop()
         kept, generators = self.borders.pop()
-        carry = {name: value.to(self.device, non_blocking=True) for name, value in kept.items()}
-        leaves = {
-            name: value.detach().requires_grad_(value.is_floating_point() or value.is_complex())
-            for name, value in carry.items()
-        }
+        leaves = _leaves({name: value.to(self.device, non_blocking=True) for name, value in kept.items()})
         with self._replay(generators), torch.enable_grad(), self._autocast():
             return leaves, self.step(i, dict(leaves))
 
@@ -293,6 +306,13 @@ class _Run:
             yield
 
 
+def _leaves(carry: Carry) -> Carry:
+    return {
+        name: value.detach().requires_grad_(value.is_floating_point() or value.is_complex())
+        for name, value in carry.items()
+    }
+
+
 class _Fold(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, run: _Run, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -319,7 +339,7 @@ class _Fold(torch.autograd.Function):
         totals: list[Tensor | None] = [None] * len(parameters)
         entering: dict[str, Tensor] = {n: g for n, g in zip(run.last_names, gradients, strict=True) if g is not None}
         for i in reversed(range(run.steps)):
-            carry, outputs = run.recompute(i)
+            carry, outputs = run.graph(i)
             roots = [name for name in entering if outputs[name].requires_grad]
             leaves = [name for name, value in carry.items() if value.requires_grad]
             if i == run.steps - 1:
@@ -334,20 +354,26 @@ class _Fold(torch.autograd.Function):
                 allow_unused=True,
             )
             entering = {n: g for n, g in zip(leaves, found, strict=False) if g is not None}
-            for j, gradient in enumerate(found[len(leaves) :]):
-                totals[j] = _add(totals[j], gradient)
+            _add(totals, found[len(leaves) :])
         run.borders.clear()
+        run.graphs.clear()
         own = (g if g is None else g.to(p.dtype) for g, p in zip(totals, parameters, strict=True))
         return None, *(entering.get(name) for name in run.names), *own
 
 
-def _add(total: Tensor | None, gradient: Tensor | None) -> Tensor | None:
-    """A running sum in float32 at least: thousands of chunks add up, also for 16-bit weights."""
-    if gradient is None:
-        return total
-    if total is None:
-        return gradient.to(torch.promote_types(gradient.dtype, torch.float32), copy=True)
-    return total.add_(gradient)
+def _add(totals: list[Tensor | None], gradients: Sequence[Tensor | None]) -> None:
+    """Running sums, in float32 at least: thousands of chunks add up, also for 16-bit weights."""
+    pairs: list[tuple[Tensor, Tensor]] = []
+    for i, gradient in enumerate(gradients):
+        if gradient is None:
+            continue
+        total = totals[i]
+        if total is None:
+            totals[i] = gradient.to(torch.promote_types(gradient.dtype, torch.float32), copy=True)
+        else:
+            pairs.append((total, gradient))
+    if pairs:
+        torch._foreach_add_([total for total, _ in pairs], [gradient for _, gradient in pairs])
 
 
 def _check_complete(roots: Sequence[Tensor], known: Sequence[Tensor]) -> None:

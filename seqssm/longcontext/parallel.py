@@ -31,7 +31,7 @@ from seqssm.errors import UserError
 from seqssm.kernels import dispatch
 from seqssm.kernels.causal_conv1d.op import causal_conv1d
 from seqssm.kernels.selective_scan.op import selective_scan
-from seqssm.kernels.selective_scan.part import scan_part
+from seqssm.kernels.selective_scan.part import Join, scan_part
 from seqssm.kernels.ssd.op import ssd
 from seqssm.mixers import Attention, Mixer
 from seqssm.mixers.operations import Operations
@@ -190,13 +190,7 @@ class SplitOperations(Operations):
         B, C = (x.unsqueeze(2) if x.dim() == 3 else x for x in (B, C))
         directions = dispatch.directions(reverse, B.shape[2])
         if dispatch.choose_backend("selective_scan", backend, u) == "triton":
-            meeting = self._meeting(seq_idx)
-
-            def join(own: Tensor, decay: Tensor, backward: bool) -> Tensor:
-                ways = [way != backward for way in directions]
-                owns, decays = self.length_split.all_gather(torch.stack([own, decay])).unbind(1)
-                return self._combine(owns, decays, ways, meeting)
-
+            join = self.join(seq_idx, directions)
             return scan_part(u, delta, A, B, C, D, z, delta_bias, delta_softplus, seq_idx, directions, join)
         options: dict[str, Any] = {
             "delta_bias": delta_bias,
@@ -210,6 +204,21 @@ class SplitOperations(Operations):
         decay = _keep_whole(torch.exp(steps[..., None] * A.to(end.dtype)), seq_idx)
         entering = self.enter(end, decay, seq_idx=seq_idx, reverse=directions)
         return selective_scan(u, delta, A, B, C, D, z, initial_state=entering, **options)
+
+    def join(self, seq_idx: Tensor | None, reverse: Sequence[bool]) -> Join:
+        """As :meth:`Operations.join`: all processes must call what it gives in the same order."""
+        meeting = self._meeting(seq_idx)
+
+        def join(own: Tensor, decay: Tensor, backward: bool) -> Tensor:
+            ways = [way != backward for way in reverse]
+            owns, decays = self.length_split.all_gather(torch.stack([own, decay])).unbind(1)
+            return self._combine(owns, decays, ways, meeting)
+
+        return join
+
+    def before(self, x: Tensor, count: int, *, seq_idx: Tensor | None = None, reverse: bool = False) -> Tensor:
+        """As :meth:`Operations.before`, with gradients."""
+        return self._halo(x, count, seq_idx, (reverse,)).mT
 
     def ssd(
         self,

@@ -10,14 +10,16 @@ give its output along with the gradients.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from seqssm.errors import UserError
 from seqssm.kernels import dispatch
+from seqssm.kernels.selective_scan.part import Join, decay
 from seqssm.mixers.base import Normed, State
 
 if TYPE_CHECKING:
@@ -26,7 +28,9 @@ if TYPE_CHECKING:
 
 def available(mixer: Mamba, x: Tensor) -> bool:
     """Whether :func:`run` takes x: it is made for the Triton kernels, and the compiler would not see through it."""
-    if torch.compiler.is_compiling() or x.dtype == torch.float64 or mixer.operations.split:
+    if torch.compiler.is_compiling() or x.dtype == torch.float64:
+        return False
+    if mixer.operations.split and mixer.in_proj.bias is not None:  # the tokens before a part are projected from zeros
         return False
     return dispatch.choose_backend("selective_scan", mixer.backend, x) == "triton"
 
@@ -39,32 +43,41 @@ def run(
     Args:
         source: what x is the norm of, for the backward pass to compute again all that is cheap; None to keep it all.
     """
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    settings = _Settings(mixer.dt_rank, mixer.d_state, (reverse,), mixer.backend, dtype, source)
+    settings = settings_of(mixer, x, source, reverse)
+    conv_state, scan_state = (None, None) if state is None else (state["conv"], state["scan"])
+    if mixer.operations.split:
+        if state is not None:
+            raise UserError("a sequence whose length is split over processes starts without a state: give it whole")
+        settings = settings._replace(join=mixer.operations.join(seq_idx, (reverse,)))
+        conv_state = _convolved_before(mixer, x, seq_idx, reverse)
     y, conv, scan = _Layer.apply(
         settings,
         x,
-        None if state is None else state["conv"],
-        None if state is None else state["scan"],
+        conv_state,
+        scan_state,
         seq_idx,
         None if source is None else source.residual,
-        mixer.in_proj.weight,
-        mixer.in_proj.bias,
-        mixer.conv1d.weight,
-        mixer.conv1d.bias,
-        mixer.x_proj.weight,
-        mixer.dt_proj.weight,
-        mixer.dt_proj.bias,
-        mixer.A_log,
-        mixer.D,
-        mixer.out_proj.weight,
-        mixer.out_proj.bias,
+        *weights_of(mixer),
     )
     return y, {"conv": conv, "scan": scan}
 
 
-class _Settings(NamedTuple):
+def _convolved_before(mixer: Mamba, x: Tensor, seq_idx: Tensor | None, reverse: bool) -> Tensor | None:
+    """(b, e, k-1): what the convolution takes from before this part, projected here from the neighbour's tokens."""
+    if mixer.d_conv == 1:
+        return None
+    before = mixer.operations.before(x, mixer.d_conv - 1, seq_idx=seq_idx, reverse=reverse)
+    return F.linear(before, mixer.in_proj.weight[: mixer.d_inner]).mT.contiguous()
+
+
+def settings_of(mixer: Mamba, x: Tensor, source: Normed | None = None, reverse: bool = False) -> Settings:
+    """The settings of a layer for inputs like x."""
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    return Settings(mixer.dt_rank, mixer.d_state, (reverse,), mixer.backend, dtype, source)
+
+
+class Settings(NamedTuple):
     """What is not a tensor; ``dtype`` is that of all activations. The source's residual goes in beside it."""
 
     dt_rank: int
@@ -73,9 +86,10 @@ class _Settings(NamedTuple):
     backend: str
     dtype: torch.dtype
     source: Normed | None
+    join: Join | None = None  # for a part of a sequence
 
 
-class _Weights(NamedTuple):
+class Weights(NamedTuple):
     """The layer's parameters, as the mixer keeps them."""
 
     W_in: Tensor
@@ -91,7 +105,24 @@ class _Weights(NamedTuple):
     b_out: Tensor | None
 
 
-class _Inner(NamedTuple):
+def weights_of(mixer: Mamba) -> Weights:
+    """The layer's parameters, in order."""
+    return Weights(
+        mixer.in_proj.weight,
+        mixer.in_proj.bias,
+        mixer.conv1d.weight,
+        mixer.conv1d.bias,
+        mixer.x_proj.weight,
+        mixer.dt_proj.weight,
+        mixer.dt_proj.bias,
+        mixer.A_log,
+        mixer.D,
+        mixer.out_proj.weight,
+        mixer.out_proj.bias,
+    )
+
+
+class Inner(NamedTuple):
     """What lies between the norm and the output projection; shapes (b, l, width)."""
 
     xz: Tensor  # 2e: the input of the convolution, and the gate
@@ -103,16 +134,11 @@ class _Inner(NamedTuple):
 class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, settings, x, conv_state, scan_state, seq_idx, residual, *parameters):  # type: ignore[no-untyped-def]
-        weights = _Weights(*parameters)
-        with torch.autocast(x.device.type, enabled=False):
-            x = x.to(settings.dtype)
-            inner, conv = _project(settings, x, conv_state, seq_idx, weights)
-            scan = dispatch.load_backend("selective_scan", _backend(settings, x))
-            y, final_state, states = scan.forward(
-                *_scan_inputs(settings, inner, weights), True, scan_state, seq_idx, settings.reverse, True
-            )
-            out = F.linear(y, weights.W_out.to(settings.dtype), _cast(settings, weights.b_out))
-        kept = (x, *inner, y) if residual is None else (None,) * 6
+        weights = Weights(*parameters)
+        x = x.to(settings.dtype)
+        out, conv, final_state, states, inner, y = forward(settings, x, conv_state, scan_state, seq_idx, weights)
+        # The step sizes' low rank, B and C are a twelfth of all; a product over the whole width makes them.
+        kept = (x, *inner, y) if residual is None else (None, None, None, inner.selected, None, None)
         ctx.save_for_backward(*kept, states, conv_state, scan_state, seq_idx, residual, *parameters)
         # The residual is kept as a saved tensor, which is freed in time.
         source = settings.source
@@ -124,35 +150,61 @@ class _Layer(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout, dconv, dfinal_state):  # type: ignore[no-untyped-def]
         x, xz, u, selected, delta, y, states, conv_state, scan_state, seq_idx, residual, *parameters = ctx.saved_tensors
-        settings, weights = ctx.settings, _Weights(*parameters)
+        settings, weights = ctx.settings, Weights(*parameters)
         with torch.autocast(states.device.type, enabled=False):
             if residual is None:
-                inner = _Inner(xz, u, selected, delta)
+                inner = Inner(xz, u, selected, delta)
             else:
                 x = settings.source._replace(residual=residual).compute(settings.dtype)
-                inner, _ = _project(settings, x, conv_state, seq_idx, weights)
-            gradients = _backward(
+                inner, _ = project(settings, x, conv_state, seq_idx, weights, selected)
+            gradients = backward(
                 settings, ctx.needs_input_grad, dout, dconv, dfinal_state,
                 x, inner, y, states, conv_state, scan_state, seq_idx, weights,
             )  # fmt: skip
         return None, *gradients
 
 
-def _backward(
-    settings: _Settings,
+def forward(
+    settings: Settings,
+    x: Tensor,
+    conv_state: Tensor | None,
+    scan_state: Tensor | None,
+    seq_idx: Tensor | None,
+    weights: Weights,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Inner, Tensor]:
+    """The layer's output, its states, those that enter the scan's chunks, what lies between, and the scan's output."""
+    with torch.autocast(x.device.type, enabled=False):
+        inner, conv = project(settings, x, conv_state, seq_idx, weights)
+        scan = dispatch.load_backend("selective_scan", _backend(settings, x))
+        inputs = _scan_inputs(settings, inner, weights)
+        y, final_state, states = scan.forward(
+            *inputs, True, scan_state, seq_idx, settings.reverse, True, **_joined(settings, inputs[2], False)
+        )
+        out = F.linear(y, weights.W_out.to(settings.dtype), _cast(settings, weights.b_out))
+    return out, conv, final_state, states, inner, y
+
+
+def backward(
+    settings: Settings,
     needed: Sequence[bool],
     dout: Tensor | None,
     dconv: Tensor | None,
     dfinal_state: Tensor | None,
     x: Tensor,
-    inner: _Inner,
+    inner: Inner,
     y: Tensor | None,
     states: Tensor,
     conv_state: Tensor | None,
     scan_state: Tensor | None,
     seq_idx: Tensor | None,
-    weights: _Weights,
+    weights: Weights,
 ) -> tuple[Tensor | None, ...]:
+    """Gradients of x, the two states, two that have none, and the weights in their order.
+
+    Args:
+        needed: as ``ctx.needs_input_grad`` of settings, x, the states, two others, and the weights.
+        inner, y: of the forward pass; the scan gives y again when None.
+    """
     W_in, b_in, W_conv, b_conv, W_x, W_dt, dt_bias, A_log, D, W_out, b_out = weights
     xz, u, selected, delta = inner
     b, l, e = u.shape
@@ -171,21 +223,21 @@ def _backward(
     inputs = _scan_inputs(settings, inner, weights)
     scan = dispatch.load_backend("selective_scan", backend)
     options = (True, scan_state, seq_idx, settings.reverse)
-    into = {}
+    into: dict[str, Tensor] = {}
     if backend == "triton":
-        into["dz"] = dxz[..., e:]
+        into = {"dz": dxz[..., e:], "dB": dselected[..., None, r : r + n], "dC": dselected[..., None, r + n :]}
         if y is None:
             into["y"] = y = torch.empty_like(u)
     elif y is None:
         y = scan.forward(*inputs, *options, False)[0]
     du, ddelta, dA, dB, dC, dD, dz, ddt_bias, dscan_state = scan.backward(
-        dy, dfinal_state, states, *inputs, *options, **into
+        dy, dfinal_state, states, *inputs, *options, **into, **_joined(settings, A, True)
     )
     del dy
     if backend != "triton":
         dxz[..., e:] = dz
-    dselected[..., r : r + n] = dB[:, :, 0]
-    dselected[..., r + n :] = dC[:, :, 0]
+        dselected[..., r : r + n] = dB[:, :, 0]
+        dselected[..., r + n :] = dC[:, :, 0]
     del dB, dC, dz
     assert y is not None
     dW_out = _weight_gradient(dout, y, W_out, needed[-2])
@@ -231,22 +283,30 @@ def _backward(
     )
 
 
-def _backend(settings: _Settings, x: Tensor) -> str:
+def _joined(settings: Settings, A: Tensor, backward: bool) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
+    """What the scan of a part takes besides."""
+    join = settings.join
+    return {} if join is None else {"join": lambda own, total: join(own, decay(A, total), backward)}
+
+
+def _backend(settings: Settings, x: Tensor) -> str:
     return dispatch.choose_backend("selective_scan", settings.backend, x)
 
 
-def _cast(settings: _Settings, tensor: Tensor | None) -> Tensor | None:
+def _cast(settings: Settings, tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.to(settings.dtype)
 
 
-def _project(
-    settings: _Settings,
+def project(
+    settings: Settings,
     x: Tensor,
     conv_state: Tensor | None,
     seq_idx: Tensor | None,
-    weights: _Weights,
-) -> tuple[_Inner, Tensor]:
-    """Everything before the scan, and the convolution's final state."""
+    weights: Weights,
+    selected: Tensor | None = None,
+) -> tuple[Inner, Tensor]:
+    """Everything before the scan, of which ``selected`` may be there, and the convolution's final state; outside
+    autocast."""
     backend = _backend(settings, x)
     xz = F.linear(x, weights.W_in.to(settings.dtype), _cast(settings, weights.b_in))
     e = xz.shape[-1] // 2
@@ -254,12 +314,13 @@ def _project(
     u, final_state = conv.forward(
         xz[..., :e], weights.W_conv.squeeze(1), weights.b_conv, True, conv_state, seq_idx, settings.reverse
     )
-    selected = F.linear(u, weights.W_x.to(settings.dtype))
+    if selected is None:
+        selected = F.linear(u, weights.W_x.to(settings.dtype))
     delta = F.linear(selected[..., : settings.dt_rank], weights.W_dt.to(settings.dtype))
-    return _Inner(xz, u, selected, delta), final_state
+    return Inner(xz, u, selected, delta), final_state
 
 
-def _scan_inputs(settings: _Settings, inner: _Inner, weights: _Weights) -> tuple[Tensor | None, ...]:
+def _scan_inputs(settings: Settings, inner: Inner, weights: Weights) -> tuple[Any, ...]:
     """u, delta, A, B, C, D, z and delta_bias, as the kernels take them."""
     r, n, e = settings.dt_rank, settings.d_state, inner.u.shape[-1]
     B, C = (inner.selected[..., start : start + n].unsqueeze(2) for start in (r, r + n))

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from seqssm.kernels.causal_conv1d.op import causal_conv1d
 from seqssm.kernels.selective_scan.op import selective_scan
+from seqssm.kernels.selective_scan.part import Join
 from seqssm.kernels.ssd.op import ssd
 
 
@@ -43,6 +44,22 @@ class Operations:
             (b, c, ...), with gradients.
         """
         raise NotImplementedError("a whole sequence starts from the state that the caller gives")
+
+    def before(self, x: Tensor, count: int, *, seq_idx: Tensor | None = None, reverse: bool = False) -> Tensor:
+        """The last ``count`` tokens before this part in reading order, x (b, l, d) -> (b, count, d), oldest first.
+
+        Zeros where there are none, or where a change of ``seq_idx`` lies between.
+        """
+        raise NotImplementedError("nothing comes before a whole sequence")
+
+    def join(self, seq_idx: Tensor | None, reverse: Sequence[bool]) -> Join | None:
+        """What tells the Triton scan of a part the state that enters it; None for whole sequences.
+
+        Args:
+            seq_idx: (b, l) of this part.
+            reverse: one direction a group.
+        """
+        return None
 
 
 WHOLE = Operations()

@@ -32,6 +32,12 @@ BACKBONES = {
         "strands": {"bidirectional": "tied", "reverse_complement": True},
     }.items()
 }
+# In Triton's interpreter (float32): the layer as one function of autograd.
+FUSED = {
+    "m-causal": {"n_layers": 2},
+    "m-recomputed": {"n_layers": 2, "checkpoint_activations": True},
+    "m-tight": {"n_layers": 2, "checkpoint_activations": "tight"},
+}
 BACKBONES["mixed"] = {"pattern": "m2s", "mlp_ratio": 1.5, "checkpoint_activations": True, "bidirectional": "tied"}
 CLASSIFIERS = {
     "mean": {"kmer": 3, "motif": 5},
@@ -43,7 +49,8 @@ CLASSIFIERS = {
 
 
 def compare(actual: Tensor, expected: Tensor, what: str) -> None:
-    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11, msg=lambda text: f"{what}: {text}")
+    rtol, atol = (1e-9, 1e-11) if expected.dtype == torch.float64 else (1e-4, 1e-5)
+    torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol, msg=lambda text: f"{what}: {text}")
 
 
 def compare_gradients(module: nn.Module, whole: nn.Module, scale: float) -> None:
@@ -57,12 +64,13 @@ def compare_gradients(module: nn.Module, whole: nn.Module, scale: float) -> None
         assert bool(expected[name].grad.any()), f"{name} has no gradient to compare"
 
 
-def run_backbone(split: LengthSplit, name: str, packed: bool) -> None:
+def run_backbone(split: LengthSplit, settings: dict[str, object], packed: bool, backend: str) -> None:
     torch.manual_seed(0)
-    settings = {"d_model": 8, "n_layers": 3, "mixers": MIXERS, "backend": "torch", **BACKBONES[name]}
-    whole = Backbone(BackboneConfig(**settings)).double()
+    dtype = torch.float64 if backend == "torch" else torch.float32
+    settings = {"d_model": 8, "n_layers": 3, "mixers": MIXERS, "backend": "torch", **settings}
+    whole = Backbone(BackboneConfig(**settings)).to(dtype)
     length = 8 * split.size + 3  # does not share out evenly
-    x = torch.randn(2, length, whole.d_out, dtype=torch.float64)
+    x = torch.randn(2, length, whole.d_out, dtype=dtype)
     seq_idx = None
     if packed:
         # One row changes within parts and where two meet, the other nowhere.
@@ -73,6 +81,8 @@ def run_backbone(split: LengthSplit, name: str, packed: bool) -> None:
         seq_idx[0, length - 2 :] = 0
     weights = torch.randn_like(x)
     part_model = copy.deepcopy(whole)
+    for block in part_model.blocks:
+        block.mixer.backend = backend
     split_mixers(part_model, split)
     start, end = split.bounds(length)
 
@@ -130,7 +140,9 @@ def main() -> None:
     for case in cases:
         kind, name, variant = case.split("/")
         if kind == "backbone":
-            run_backbone(split, name, variant == "packed")
+            run_backbone(split, BACKBONES[name], variant == "packed", "torch")
+        elif kind == "fused":
+            run_backbone(split, FUSED[name], variant == "packed", "triton")
         else:
             run_classifier(split, name, variant == "ragged")
         print("passed", case, flush=True)

@@ -71,6 +71,33 @@ def test_next_token_loss_and_gradients_equal_one_pass(config: dict, chunk: int) 
         torch.testing.assert_close(state[name], value)
 
 
+@pytest.mark.parametrize("kept", [0, 1, 3, 9])
+def test_chunks_that_are_kept_run_once(kept: int) -> None:
+    model, ids = make_model(pattern="m2", dropout=0.3), tokens()
+    torch.manual_seed(5)
+    loop_loss(model, ids, 8).backward()  # six chunks
+    whole, starts = gradients(model), []
+
+    def embed(start: int, stop: int) -> Tensor:
+        starts.append(start)
+        return model.embedding(ids[:, start:stop])
+
+    def reduce(carry: dict[str, Tensor], y: Tensor, start: int) -> dict[str, Tensor]:
+        logits, target = model.logits(y[:, : LENGTH - 1 - start]), ids[:, start + 1 : start + y.shape[1] + 1]
+        losses = nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none")
+        return {"loss": carry["loss"] + losses.sum()}
+
+    torch.manual_seed(5)
+    carry, _ = fold_backbone(
+        model.backbone, embed, reduce, {"loss": torch.zeros((), dtype=torch.float64)},
+        length=LENGTH, chunk_length=8, modules=[model], kept=kept,
+    )  # fmt: skip
+    (carry["loss"] / (2 * (LENGTH - 1))).backward()
+    assert starts == [0, 8, 16, 24, 32, 40] + [start for start in (40, 32, 24, 16, 8, 0) if start < 48 - 8 * kept]
+    for name, value in gradients(model).items():
+        torch.testing.assert_close(value, whole[name], rtol=1e-9, atol=1e-12)
+
+
 def test_weights_say_how_much_a_token_counts() -> None:
     model, ids = make_model(), tokens()
     weights = torch.rand(ids.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)

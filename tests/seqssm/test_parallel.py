@@ -21,7 +21,9 @@ def load_cases() -> ModuleType:
     return module
 
 
-def in_processes(size: int, cases: list[str], folder: Path, timeout: float = 800) -> list[subprocess.CompletedProcess]:
+def in_processes(
+    size: int, cases: list[str], folder: Path, timeout: float = 800, **environment: str
+) -> list[subprocess.CompletedProcess]:
     """Run the cases in ``size`` processes that talk through gloo."""
     command = [sys.executable, str(SCRIPT)]
     started = [
@@ -30,7 +32,7 @@ def in_processes(size: int, cases: list[str], folder: Path, timeout: float = 800
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
         )
         for rank in range(size)
     ]
@@ -55,5 +57,14 @@ def test_a_split_sequence_equals_a_whole_one(size: int, tmp_path: Path) -> None:
     cases = [f"backbone/{name}/{variant}" for name in backbones for variant in ("plain", "packed")]
     cases += [f"classifier/{name}/{variant}" for name in classifiers for variant in ("full", "ragged")]
     for result in in_processes(size, cases, tmp_path):
+        assert result.returncode == 0, result.stdout[-4000:]
+        assert result.stdout.count("passed") == len(cases)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_split_layer_in_one_function_equals_a_whole_one(tmp_path: Path) -> None:
+    cases = [f"fused/{name}/{variant}" for name in load_cases().FUSED for variant in ("plain", "packed")]
+    for result in in_processes(2, cases, tmp_path, TRITON_INTERPRET="1"):
         assert result.returncode == 0, result.stdout[-4000:]
         assert result.stdout.count("passed") == len(cases)

@@ -52,11 +52,12 @@ def random_batch(lengths: list[int], seed: int = 0) -> DNABatch:
     ],
     ids=["mean", "max", "last", "bins", "patches"],
 )
-def test_answers_and_gradients_equal_one_pass(settings: dict, chunk: int) -> None:
+@pytest.mark.parametrize("lengths", [[77, 41, 3, 16, 1], [77, 77]], ids=["padded", "whole"])
+def test_answers_and_gradients_equal_one_pass(settings: dict, chunk: int, lengths: list[int]) -> None:
     whole = make_task(**settings).double().train()
     chunked = make_task(**settings, chunk_length=chunk).double().train()
     chunked.load_state_dict(whole.state_dict())
-    batch = random_batch([77, 41, 3, 16, 1])
+    batch = random_batch(lengths)
     for task in (whole, chunked):
         task.trainer = pl.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
         torch.nn.functional.cross_entropy(task(batch.tokens, batch.lengths), batch.labels).backward()
@@ -113,6 +114,7 @@ def test_trains_in_lightning_as_one_pass_does(tmp_path: Path, precision: str) ->
         ({"chunk_length": 12, "patch": 4}, "gives chunks of 3 positions"),
         ({"chunk_length": 9, "patch": 2}, r"give a multiple of model\.patch \(2\)"),
         ({"chunk_length": -8}, "is -8"),
+        ({"chunk_length": 8, "chunk_kept": -1}, r"model\.chunk_kept is -1"),
         ({"chunk_length": 8, "positions": 64}, r"cannot go with model\.positions"),
         ({"chunk_length": 8, "standardize": True}, r"nor with model\.standardize"),
         (
