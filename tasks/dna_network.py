@@ -209,9 +209,14 @@ class DNANetwork(Network):
         return list(self.label_windows(windows, batch_size))
 
     def label_windows(self, windows: Iterable[FastaWindow], batch_size: int = 8) -> Iterator[LabelledWindow]:
-        """Label windows as they come, ``batch_size`` at once."""
+        """Label windows as they come, ``batch_size`` at once.
+
+        Raises:
+            UserError: the model was made for aligned windows, and one is longer than these.
+        """
         device = self.device
         for group, batch in window_batches(windows, batch_size):
+            self._check_fits(group)
             with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, device.type == "cuda"):
                 rows = self.predict_proba(batch.tokens.to(device), batch.lengths.to(device)).float().cpu()
             for window, row in zip(group, rows, strict=True):
@@ -220,6 +225,18 @@ class DNANetwork(Network):
                     yield LabelledWindow(*where, self.labels[int(row.argmax())], row.tolist())
                 else:  # a window of nothing but N holds no evidence
                     yield LabelledWindow(*where, None, None)
+
+    def _check_fits(self, windows: Sequence[FastaWindow]) -> None:
+        places = self.embedding.places
+        for window in windows if places is not None else ():
+            length = window.end_bp - window.start_bp
+            if length > len(places):
+                raise UserError(
+                    f"{window.record}: {length:,} bp, and this model answers for aligned windows of up to "
+                    f"{len(places)} bp (a site and what is around it): cut the sequences to such windows, or go along "
+                    f"them with --window-bp {len(places)}; for long sequences take another checkpoint "
+                    "(`seqssm checkpoints` lists them)"
+                )
 
     def probe(self, seed: int = 0) -> Tensor:
         places = self.embedding.places
