@@ -165,8 +165,8 @@ class DNANetwork(Network):
         """Raise UserError where the model can only say something of whole, aligned windows."""
         if self.pooling.bins > 1 or self.embedding.places is not None:
             raise UserError(
-                "this model answers for whole, aligned windows (a site and what is around it) and says nothing of a place "
-                "in a long sequence: classify such windows one by one, or take a checkpoint for long sequences "
+                "this model answers for whole, aligned windows (a site and what is around it) and says nothing of a "
+                "place in a long sequence: classify such windows one by one, or take a checkpoint for long sequences "
                 "(`seqssm checkpoints` lists them), or train one with model.pool_bins: 1 and model.positions: 0"
             )
 
