@@ -14,6 +14,7 @@ from seqssm.data.dna.alphabet import reverse_complement
 from seqssm.data.dna.prediction import FastaWindow, FastaWindows, is_sequence, sequence_windows, window_batches
 from seqssm.errors import UserError
 from seqssm.longcontext.chunked import check_chunkable, fold_backbone
+from seqssm.tasks.composition import Composition
 from seqssm.tasks.dna_layers import Pooling, PoolingMode, SequenceEmbedding
 from seqssm.tasks.network import Network
 
@@ -38,7 +39,7 @@ class DNANetwork(Network):
     """
 
     kind: ClassVar[str] = "DNA classifier"
-    head_parts: ClassVar[tuple[str, ...]] = ("head", "standardize")
+    head_parts: ClassVar[tuple[str, ...]] = ("head", "standardize", "composition")
 
     def __init__(
         self,
@@ -51,6 +52,7 @@ class DNANetwork(Network):
         pooling: PoolingMode = "mean",
         pool_bins: int = 1,
         standardize: bool = False,
+        composition: int = 0,
         head_dropout: float = 0.0,
         average_strands: bool = True,
         chunk_length: int = 0,
@@ -67,6 +69,7 @@ class DNANetwork(Network):
             pooling=pooling,
             pool_bins=pool_bins,
             standardize=standardize,
+            composition=composition,
             head_dropout=head_dropout,
             average_strands=average_strands,
             chunk_length=chunk_length,
@@ -97,6 +100,12 @@ class DNANetwork(Network):
         width = self.pooling.width * config.d_model
         self.standardize = nn.BatchNorm1d(width) if standardize else nn.Identity()
         self.head = nn.Sequential(nn.Dropout(head_dropout), nn.Linear(width, len(labels)))
+        if not 0 <= composition <= 8:
+            raise UserError(f"model.composition is {composition}: it must be 1 to 8 bases, or 0 for none")
+        self.composition = Composition(composition, len(labels)) if composition else None
+        if composition:  # what the network adds to it starts from nothing
+            nn.init.zeros_(self.head[1].weight)  # type: ignore[arg-type]
+            nn.init.zeros_(self.head[1].bias)  # type: ignore[arg-type]
 
     def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         """Score sequences.
@@ -108,7 +117,8 @@ class DNANetwork(Network):
         Returns:
             (b, c) float32 logits. Padding and neighbours in the batch do not change them.
         """
-        return self.score(self.pool(tokens, lengths))
+        logits = self.score(self.pool(tokens, lengths))
+        return logits if self.composition is None else logits + self.composition(tokens, lengths)
 
     def pool(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         """(b, width) pooled outputs of the backbone, before the head; arguments as of :meth:`forward`."""
@@ -157,7 +167,7 @@ class DNANetwork(Network):
         check_chunkable(self.backbone, self.chunk_length // self.patch, "model.chunk_length")
 
     def score(self, pooled: Tensor) -> Tensor:
-        """(b, width · d) pooled vectors to (b, c) logits, never in 16 bit."""
+        """(b, width · d) pooled vectors to (b, c) logits, never in 16 bit; without those of ``composition``."""
         with torch.autocast(device_type=pooled.device.type, enabled=False):
             return self.head(self.standardize(pooled))
 
