@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor
@@ -26,6 +27,12 @@ class RunningAverage(WeightAveraging):
         """After every optimizer step."""
         self._step = step_idx or 0
         return step_idx is not None
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Keep the average where the model is: it was made before the model was moved, and would have every step wait
+        for each weight to be copied."""
+        assert self._average_model is not None
+        self._average_model.to(pl_module.device)
 
     @torch.no_grad()
     def _average(self, averages: list[Tensor], weights: list[Tensor], _: Tensor | int) -> None:
