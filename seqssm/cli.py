@@ -26,6 +26,7 @@ TOOLS = {
     "transcribe": "write down what is said in audio files or a live stream, with a trained recogniser",
     "serve": "transcribe live clients over WebSockets, with a page for the microphone",
     "evaluate": "score a checkpoint on held-out data, with intervals, beside honest baselines",
+    "calibrate": "fit the scale and the bias of a DNA classifier's answers on its validation windows",
     "plan": "predict the memory, speed and longest length of a training run",
     "speech": "make an n-gram model of transcripts, or synthetic speech, for a recogniser",
     "checkpoints": "list the checkpoints that come with seqssm; export, import and describe them",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from seqssm.data import DNABatch
 from seqssm.errors import UserError
 from seqssm.longcontext.parallel import LengthSplit
 from seqssm.tasks.base import OptimizerConfig, Task
+from seqssm.tasks.composition import Composition
 from seqssm.tasks.dna_layers import PoolingMode
 from seqssm.tasks.dna_network import DNANetwork
 from seqssm.tasks.dna_parts import pool_part, split_classifier
@@ -49,6 +50,9 @@ class DNAClassification(DNANetwork, Task):
         standardize: scale what enters the backbone, and the pooled vector, by their statistics over the training
             windows (batch normalisation). The composition of long windows, and of patches, differs little from one to
             the next, and without it learning is slow.
+        composition: add the logits of a logistic regression on the shares of k-mers of so many bases. It is fitted on
+            the training windows before the first step, its penalty chosen on the validation windows, and stays as it
+            is: the network learns what composition alone leaves over. 0 for none.
         head_dropout: dropout of the pooled vector.
         label_smoothing: share of the target spread evenly over the classes.
         class_weights: one weight a class, ``balanced`` (inverse frequency in the training windows), or none.
@@ -75,6 +79,7 @@ class DNAClassification(DNANetwork, Task):
         pooling: PoolingMode = "mean",
         pool_bins: int = 1,
         standardize: bool = False,
+        composition: int = 0,
         head_dropout: float = 0.0,
         label_smoothing: float = 0.0,
         class_weights: list[float] | Literal["balanced"] | None = None,
@@ -95,6 +100,7 @@ class DNAClassification(DNANetwork, Task):
             pooling=pooling,
             pool_bins=pool_bins,
             standardize=standardize,
+            composition=composition,
             head_dropout=head_dropout,
             average_strands=average_strands,
             chunk_length=chunk_length,
@@ -147,6 +153,25 @@ class DNAClassification(DNANetwork, Task):
             self.class_weight.copy_(counts.sum() / (len(counts) * counts))
             weights = ", ".join(f"{n} {w:.3g}" for n, w in zip(self.labels, self.class_weight.tolist(), strict=True))
             rank_zero_info(f"class weights: {weights}")
+
+        if self.composition is not None and not self.composition.fitted:
+            self._fit_composition(self.composition)
+
+    def _fit_composition(self, composition: Composition) -> None:
+        from seqssm.tasks.baselines import CompositionRegression, Windows
+
+        datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        if datamodule is None or datamodule.val is None:
+            raise UserError(
+                "model.composition chooses its penalty on validation windows: give a validation split, or 0"
+            )
+        balance = bool(datamodule.settings["balance"] or self.class_weights == "balanced")
+        regression = CompositionRegression("k-mers", [(composition.k,)], len(self.labels), balance=balance)
+        regression.fit(Windows.read(datamodule.grid("train")), Windows.read(datamodule.grid("val")))
+        _, mean, scale, fitted = regression.chosen
+        composition.take(mean, scale, fitted)
+        loss, strength = regression.settings["validation_log_loss"], regression.settings["C"]
+        rank_zero_info(f"{composition.k}-mer regression: C {strength:g}, log loss on validation {loss:.4f}")
 
     def training_step(self, batch: DNABatch, batch_idx: int) -> Tensor:
         logits = self(batch.tokens, batch.lengths)

@@ -14,6 +14,7 @@ from seqssm.data.dna.alphabet import reverse_complement
 from seqssm.data.dna.prediction import FastaWindow, FastaWindows, is_sequence, sequence_windows, window_batches
 from seqssm.errors import UserError
 from seqssm.longcontext.chunked import check_chunkable, fold_backbone
+from seqssm.tasks.composition import Composition
 from seqssm.tasks.dna_layers import Pooling, PoolingMode, SequenceEmbedding
 from seqssm.tasks.network import Network
 
@@ -38,7 +39,7 @@ class DNANetwork(Network):
     """
 
     kind: ClassVar[str] = "DNA classifier"
-    head_parts: ClassVar[tuple[str, ...]] = ("head", "standardize")
+    head_parts: ClassVar[tuple[str, ...]] = ("head", "standardize", "composition")
 
     def __init__(
         self,
@@ -51,6 +52,7 @@ class DNANetwork(Network):
         pooling: PoolingMode = "mean",
         pool_bins: int = 1,
         standardize: bool = False,
+        composition: int = 0,
         head_dropout: float = 0.0,
         average_strands: bool = True,
         chunk_length: int = 0,
@@ -68,6 +70,7 @@ class DNANetwork(Network):
             pooling=pooling,
             pool_bins=pool_bins,
             standardize=standardize,
+            composition=composition,
             head_dropout=head_dropout,
             average_strands=average_strands,
             chunk_length=chunk_length,
@@ -99,6 +102,12 @@ class DNANetwork(Network):
         width = self.pooling.width * config.d_model
         self.standardize = nn.BatchNorm1d(width) if standardize else nn.Identity()
         self.head = nn.Sequential(nn.Dropout(head_dropout), nn.Linear(width, len(labels)))
+        if not 0 <= composition <= 8:
+            raise UserError(f"model.composition is {composition}: it must be 1 to 8 bases, or 0 for none")
+        self.composition = Composition(composition, len(labels)) if composition else None
+        if composition:  # what the network adds to it starts from nothing
+            nn.init.zeros_(self.head[1].weight)  # type: ignore[arg-type]
+            nn.init.zeros_(self.head[1].bias)  # type: ignore[arg-type]
 
     def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         """Score sequences.
@@ -110,7 +119,8 @@ class DNANetwork(Network):
         Returns:
             (b, c) float32 logits. Padding and neighbours in the batch do not change them.
         """
-        return self.score(self.pool(tokens, lengths))
+        logits = self.score(self.pool(tokens, lengths))
+        return logits if self.composition is None else logits + self.composition(tokens, lengths)
 
     def pool(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         """(b, width) pooled outputs of the backbone, before the head; arguments as of :meth:`forward`."""
@@ -163,7 +173,7 @@ class DNANetwork(Network):
         check_chunkable(self.backbone, self.chunk_length // self.patch, "model.chunk_length")
 
     def score(self, pooled: Tensor) -> Tensor:
-        """(b, width · d) pooled vectors to (b, c) logits, never in 16 bit."""
+        """(b, width · d) pooled vectors to (b, c) logits, never in 16 bit; without those of ``composition``."""
         with torch.autocast(device_type=pooled.device.type, enabled=False):
             return self.head(self.standardize(pooled))
 
@@ -171,8 +181,9 @@ class DNANetwork(Network):
         """Raise UserError where the model can only say something of whole, aligned windows."""
         if self.pooling.bins > 1 or self.embedding.places is not None:
             raise UserError(
-                "this model was made for aligned windows (model.pool_bins or model.positions) and says nothing of a "
-                "place in a long sequence; train one with model.pool_bins: 1 and model.positions: 0"
+                "this model answers for whole, aligned windows (a site and what is around it) and says nothing of a "
+                "place in a long sequence: classify such windows one by one, or take a checkpoint for long sequences "
+                "(`seqssm checkpoints` lists them), or train one with model.pool_bins: 1 and model.positions: 0"
             )
 
     def predict_proba(self, tokens: Tensor, lengths: Tensor) -> Tensor:
@@ -215,9 +226,14 @@ class DNANetwork(Network):
         return list(self.label_windows(windows, batch_size))
 
     def label_windows(self, windows: Iterable[FastaWindow], batch_size: int = 8) -> Iterator[LabelledWindow]:
-        """Label windows as they come, ``batch_size`` at once."""
+        """Label windows as they come, ``batch_size`` at once.
+
+        Raises:
+            UserError: the model was made for aligned windows, and one is longer than these.
+        """
         device = self.device
         for group, batch in window_batches(windows, batch_size):
+            self._check_fits(group)
             with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, device.type == "cuda"):
                 rows = self.predict_proba(batch.tokens.to(device), batch.lengths.to(device)).float().cpu()
             for window, row in zip(group, rows, strict=True):
@@ -226,6 +242,18 @@ class DNANetwork(Network):
                     yield LabelledWindow(*where, self.labels[int(row.argmax())], row.tolist())
                 else:  # a window of nothing but N holds no evidence
                     yield LabelledWindow(*where, None, None)
+
+    def _check_fits(self, windows: Sequence[FastaWindow]) -> None:
+        places = self.embedding.places
+        for window in windows if places is not None else ():
+            length = window.end_bp - window.start_bp
+            if length > len(places):
+                raise UserError(
+                    f"{window.record}: {length:,} bp, and this model answers for aligned windows of up to "
+                    f"{len(places)} bp (a site and what is around it): cut the sequences to such windows, or go along "
+                    f"them with --window-bp {len(places)}; for long sequences take another checkpoint "
+                    "(`seqssm checkpoints` lists them)"
+                )
 
     def probe(self, seed: int = 0) -> Tensor:
         places = self.embedding.places

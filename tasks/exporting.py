@@ -45,9 +45,23 @@ def export(
         UserError: the checkpoint cannot be read, the folder cannot be written, or float16 changes the output.
     """
     loaded = read_checkpoint(checkpoint)
+    return export_loaded(loaded, folder, str(checkpoint), half=half, tolerance=tolerance, notes=notes, metrics=metrics)
+
+
+def export_loaded(
+    loaded: Loaded,
+    folder: str | Path,
+    name: str,
+    *,
+    half: bool = False,
+    tolerance: float = 1e-3,
+    notes: str | None = None,
+    metrics: Mapping[str, Any] | None = None,
+) -> Path:
+    """:func:`export` of what was read from a checkpoint called ``name``, and perhaps changed since."""
     description, folder = loaded.description, Path(folder)
     config: dict[str, Any] = {key: description[key] for key in ("task", "init_args", "version") if key in description}
-    network = description.get("network") or _network(loaded, str(checkpoint))
+    network = description.get("network") or _network(loaded, name)
     config |= {"network": network} if network else {}
     config |= {"data": _without_folders(loaded.data)} if loaded.data else {}
     training = {key: description[key] for key in TRAINING if description.get(key) is not None}
@@ -55,7 +69,7 @@ def export(
     weights = loaded.weights
     if half:
         described = Loaded({**description, **config}, weights, loaded.data)
-        weights, config["storage"] = _halved(build_network(described, Network, str(checkpoint)), tolerance)
+        weights, config["storage"] = _halved(build_network(described, Network, name), tolerance)
     elif description.get("storage"):
         config["storage"] = description["storage"]
     if notes is None and (folder / hub.NOTES).is_file():

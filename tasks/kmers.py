@@ -22,7 +22,7 @@ def canonical_kmers(sequences: Sequence[NDArray[np.uint8]] | NDArray[np.uint8], 
         (n, K) with K = 4^k / 2 for odd k and (4^k + 2^k) / 2 for even k, in lexicographic order of the smaller of
         the two. Rows sum to 1; a sequence without a k-mer gives zeros.
     """
-    fold = _fold(k)
+    fold = fold_kmers(k)
     shares = np.zeros((len(sequences), int(fold.max()) + 1), np.float32)
     for row in range(len(sequences)):
         counts = np.bincount(fold, weights=_count(np.asarray(sequences[row]), k))
@@ -31,7 +31,7 @@ def canonical_kmers(sequences: Sequence[NDArray[np.uint8]] | NDArray[np.uint8], 
 
 
 @cache
-def _fold(k: int) -> NDArray[np.int64]:
+def fold_kmers(k: int) -> NDArray[np.int64]:
     """(4^k,) index, among the canonical k-mers, of every k-mer."""
     if not 1 <= k <= 8:
         raise ValueError(f"k is {k}, not 1 to 8")

@@ -3,7 +3,7 @@
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -83,6 +83,39 @@ def confusion_image(counts: NDArray[np.integer], classes: Sequence[str], title: 
     canvas = FigureCanvasAgg(confusion_figure(counts, classes, title))
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def length_curve_png(reports: Mapping[int, Mapping[str, Any]], measure: str = "balanced_accuracy") -> bytes:
+    """A measure against the length of the windows, model and baselines with their intervals, as a PNG file.
+
+    Args:
+        reports: length in bases -> what :func:`seqssm.tasks.report.evaluate` gave at it.
+        measure: one of its metrics.
+    """
+    from matplotlib.figure import Figure
+
+    lengths = sorted(reports)
+    figure = Figure(figsize=(6.4, 4.2), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    colors = ["#d1495b", "#31688e", "#35b779", "#999999", "#b5a642"]
+    for number, name in enumerate(["model", *reports[lengths[0]]["baselines"]]):
+        table = [reports[n]["metrics"] if name == "model" else reports[n]["baselines"][name] for n in lengths]
+        value, low, high = ([float(one[measure][key]) for one in table] for key in ("value", "low", "high"))
+        color = colors[number % len(colors)]
+        axes.plot(lengths, value, "o-", color=color, lw=2 if name == "model" else 1.2, ms=4, label=name)
+        axes.fill_between(lengths, low, high, color=color, alpha=0.15, lw=0)
+    chance = 1 / len(reports[lengths[0]]["per_class"])
+    axes.axhline(chance, color="#777777", lw=0.8, ls=":", label="chance")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(lengths, [f"{n:,}\n{reports[n]['metrics'][measure]['n']}" for n in lengths], fontsize=7)
+    axes.set_xlabel("bases a window; test windows")
+    axes.set_ylabel(measure.replace("_", " "))
+    axes.set_ylim(0, 1.02)
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=8, loc="upper left")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
 
 
 MAX_CURVES = 30

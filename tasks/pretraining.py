@@ -150,6 +150,11 @@ class DNAPretraining(Task):
             logits = self(visible, lengths)[where]
         return Prediction(logits, tokens[where].long(), lower[where], where)
 
+    def probe(self, seed: int = 0) -> Tensor:
+        tokens = torch.randint(BASES, (4, 1000), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+        with torch.inference_mode():
+            return self(tokens, torch.full((4,), 1000)).softmax(-1)
+
     def training_step(self, batch: UnlabelledBatch, batch_idx: int) -> Tensor:
         loss = self._loss(self.predict(batch))
         self.log("train_loss", loss, prog_bar=True, batch_size=len(batch.tokens))

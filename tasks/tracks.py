@@ -280,7 +280,8 @@ class Tracks:
                 if self.task.pooling.mode in ("max", "last"):
                     pooled = pooled[:, 1:]
                 pooled = pooled.unflatten(-1, (self.strands, -1)).mean(-2).flatten(1)
-                probabilities.append(self.task.score(pooled.to(next(self.task.head.parameters()).dtype)).softmax(-1))
+                logits = self.task.score(pooled.to(next(self.task.head.parameters()).dtype))
+                probabilities.append((logits + self._composition(record, low, high)[own]).softmax(-1))
         records = np.full(last - first, record)
         n_count = self.sequences.n_count(records, start_bp[own], start_bp[own] + bases[own])
         return Rows(
@@ -292,6 +293,21 @@ class Tracks:
             n_count == bases[own],
             np.mean(embeddings, axis=0),
         )
+
+    def _composition(self, record: int, low: int, high: int) -> Tensor:
+        """(high - low, c) logits of the k-mers that end within what is pooled for each bin; zeros without them."""
+        assert isinstance(self.task, DNANetwork)
+        composition, size = self.task.composition, self.plan.bin_bp
+        if composition is None:
+            return torch.zeros(high - low, len(self.task.labels), device=self.task.device)
+        start, end = low * size, min(high * size, int(self.sequences.lengths[record]))
+        before = min(start, composition.k - 1)
+        values, whole = composition.along(torch.from_numpy(self.sequences.tokens(record, start - before, end)))
+        missing = (high - low) * size - (end - start)  # the last bin of a record may be shorter
+        count = F.pad(whole[before:], (0, missing)).view(-1, size).sum(1)
+        sums = F.pad(values[before:], (0, 0, 0, missing)).view(-1, size, values.shape[1]).sum(1, dtype=torch.float64)
+        means = (sums / count.clamp(min=1)[:, None])[:, None]
+        return pool_over_bins(means, count, ["mean"], self.plan.side)[:, 0].nan_to_num().float() + composition.bias
 
     # ---- resumption ------------------------------------------------------------------------------------------------
 

@@ -17,6 +17,9 @@ from seqssm.data.dna.variants import Variant
 from seqssm.mixers import State
 from seqssm.tasks.dna_network import DNANetwork
 
+MOST_K = 7
+"""Bases before its last that a k-mer of the composition has, at most."""
+
 
 class Site(NamedTuple):
     """A variant on one strand: bases start to end of it, and what may stand there, the reference first: (l,) uint8."""
@@ -57,6 +60,7 @@ class _Row(NamedTuple):
     tokens: Tensor
     state: State
     left: Tensor  # (m, d) outputs before it that are pooled, too
+    composition: Tensor  # (c,) logits of the k-mers that end in what is pooled
 
 
 class VariantScorer:
@@ -170,8 +174,27 @@ class VariantScorer:
         missing = torch.full((max(0, look_back - begin),), N, dtype=torch.uint8)
         before = torch.cat([missing, strand.read(max(0, begin - look_back), site.start)])
         behind = strand.read(site.end, min(strand.length, site.end + self.half_bp))
-        alleles = enumerate(site.alleles)
-        return [_Row((number, i), torch.cat([before, allele, behind]), state, left) for i, allele in alleles]
+        near = strand.read(max(0, begin - len(left) * self.task.embedding.patch - MOST_K), site.start)
+        pooled = site.start - begin + len(left) * self.task.embedding.patch
+        return [
+            _Row(
+                (number, i),
+                torch.cat([before, allele, behind]),
+                state,
+                left,
+                self._composition(torch.cat([near, allele, behind]), len(near) - pooled),
+            )
+            for i, allele in enumerate(site.alleles)
+        ]
+
+    def _composition(self, tokens: Tensor, start: int) -> Tensor:
+        """(c,) logits of the k-mers of (l,) tokens that end at ``start`` or behind; zeros without them."""
+        composition = self.task.composition
+        if composition is None:
+            return torch.zeros(len(self.task.labels), device=self.task.device)
+        values, whole = composition.along(tokens)
+        mean = values[start:].sum(0, dtype=torch.float64) / whole[start:].sum().clamp(min=1)
+        return mean.float() + composition.bias
 
     @property
     def _look_back(self) -> int:
@@ -191,7 +214,8 @@ class VariantScorer:
         whole = [torch.cat([row.left.to(y.dtype), part[:n]]) for row, part, n in zip(rows, y, positions, strict=True)]
         counts = torch.tensor([len(part) for part in whole], device=task.device)
         pooled = task.pooling(torch.nn.utils.rnn.pad_sequence(whole, batch_first=True), counts)
-        probabilities = task.score(pooled).double().softmax(-1)
+        logits = task.score(pooled) + torch.stack([row.composition for row in rows])
+        probabilities = logits.double().softmax(-1)
         return {row.key: p for row, p in zip(rows, probabilities, strict=True)}
 
 

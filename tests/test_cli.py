@@ -92,6 +92,32 @@ def test_evaluate_reports_model_and_baselines(trained: Path) -> None:
     assert "| accuracy" in (folder / "evaluation.md").read_text()
 
 
+def test_evaluate_scores_windows_of_several_lengths(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = trained / "lengths"
+    arguments = ["evaluate", "--checkpoint", checkpoint(trained), "--device", "cpu", "--baselines", "k-mers"]
+    assert main([*arguments, "--lengths", "50,2^8,600", "-o", str(folder)]) == 0
+    report = json.loads((folder / "lengths.json").read_text())
+    # 6 test records of 600 bp.
+    assert {n: one["metrics"]["accuracy"]["n"] for n, one in report["lengths"].items()} == {
+        "50": 72,
+        "256": 12,
+        "600": 6,
+    }
+    for length, one in report["lengths"].items():
+        assert one["data"]["window_bp"] == int(length)
+        assert one["metrics"]["balanced_accuracy"]["value"] > 0.9
+        assert set(one["differences"]) == {"k-mers"}
+    table = (folder / "lengths.md").read_text()
+    assert "| bases | windows | model | k-mers | model minus k-mers |" in table
+    assert "| 256 | 12 | 1.000 [1.000, 1.000] |" in table
+    assert (folder / "lengths.png").read_bytes().startswith(b"\x89PNG")
+    assert table.splitlines()[-1] in capsys.readouterr().out
+    assert main([*arguments, "--lengths", "700"]) == 2
+    assert "longer than every region of the train split" in capsys.readouterr().err
+    assert main([*arguments, "--lengths", "some"]) == 2
+    assert "--lengths some: give" in capsys.readouterr().err
+
+
 def test_every_shipped_config_parses(capsys: pytest.CaptureFixture) -> None:
     assert "dna/quickstart" in shipped_configs()
     for name in shipped_configs():

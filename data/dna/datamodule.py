@@ -4,6 +4,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
@@ -37,6 +38,7 @@ class DNADataModule(LightningDataModule):
         bed_columns: names of the BED columns after chrom, start and end; without them, a header line's, else a fourth
             column of split names is the split (Enformer's intervals) and any other fourth column the label.
         record_pattern: a regular expression searched in record names, whose named groups become columns.
+        label_names: what to call the labels of the data, `{"0": other, "1": promoter}`; those not in it keep their own.
         classes: the classes to use, records of others being left out; None for all. Ids follow the sorted order.
 
     Windows:
@@ -87,6 +89,7 @@ class DNADataModule(LightningDataModule):
         record_column: str = "record",
         bed_columns: list[str] | None = None,
         record_pattern: str | None = None,
+        label_names: dict[str, str] | None = None,
         classes: list[str] | None = None,
         window_bp: int | None = None,
         stride_bp: int | None = None,
@@ -172,11 +175,15 @@ class DNADataModule(LightningDataModule):
             if self.settings["classes"]:
                 values = set(map(str, self.settings["classes"]))
             else:
-                values = self._list().label_values() or self._labels_of_records()
+                values = self._list().label_values()
+                values = set(map(self._name, values)) if values else self._labels_of_records()
             if len(values) < 2:
                 raise UserError(f"{self.layout.path}: a classifier needs two classes or more, found {sorted(values)}")
             self._labels = sorted(values, key=_natural)
         return self._labels
+
+    def _name(self, label: str) -> str:
+        return (self.settings["label_names"] or {}).get(str(label), str(label))
 
     def _labels_of_records(self) -> set[str]:
         regions = self._load()[1]
@@ -196,8 +203,21 @@ class DNADataModule(LightningDataModule):
     def _load(self) -> tuple[Library, Regions]:
         if self._loaded is None:
             index_dir = self.settings["index_dir"]
-            self._loaded = self._list().load(Path(index_dir) if index_dir else None)
+            library, regions = self._list().load(Path(index_dir) if index_dir else None)
+            labels = regions.columns.get(self.layout.label_column)
+            if labels is not None and self.settings["label_names"]:
+                self._check_names({str(label) for label in labels})
+                regions.columns[self.layout.label_column] = np.array([self._name(label) for label in labels], object)
+            self._loaded = library, regions
         return self._loaded
+
+    def _check_names(self, labels: set[str]) -> None:
+        unknown = set(self.settings["label_names"]) - labels
+        if unknown:
+            raise UserError(
+                f"label_names: {self.layout.path} has no label {', '.join(sorted(unknown))}; "
+                f"column {self.layout.label_column!r} holds {', '.join(sorted(labels)[:20])}"
+            )
 
     def prepare_data(self) -> None:
         """Build the indexes that are missing (Lightning calls this in one process of a machine)."""

@@ -41,6 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     along = args.tracks is not None or args.embeddings is not None
+    if args.picture is not None and args.tracks is None:
+        raise UserError("--picture draws what --tracks PREFIX writes: give both")
     if args.vcf is not None and along:
         raise UserError("--vcf scores variants, --tracks and --embeddings go along the sequence: run them one by one")
     if along and args.output is not None:

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import seqssm
-from seqssm.data.dna.indexing import checksum, open_sequences
+from seqssm.data.dna.indexing import Sequences, checksum, open_sequences
 from seqssm.errors import UserError
+from seqssm.files import atomic_write
 from seqssm.streaming import fingerprint
 from seqssm.tasks.dna_network import DNANetwork
 from seqssm.tasks.network import Loaded, Network, build_network
@@ -32,6 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PREFIX",
         type=Path,
         help="write PREFIX.tsv, PREFIX.bed (stretches of one class) and PREFIX.CLASS.bedgraph",
+    )
+    group.add_argument(
+        "--picture", metavar="FILE.png", type=Path, help="with --tracks: draw the longest records, class by class"
     )
     group.add_argument(
         "--embeddings",
@@ -59,6 +63,8 @@ def run(args: argparse.Namespace, loaded: Loaded) -> None:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+    if args.picture is not None and args.picture.suffix.lower() != ".png":
+        raise UserError(f"--picture {args.picture}: the name must end in .png")
     task = _build(args, loaded).to(args.device)
     sequences = open_sequences(args.fasta)
     target: Path = args.tracks or args.embeddings
@@ -100,6 +106,18 @@ def run(args: argparse.Namespace, loaded: Loaded) -> None:
             raise
     _finish(args, files, folder)
     shutil.rmtree(folder)
+    if args.picture is not None:
+        _draw(args, sequences)
+
+
+def _draw(args: argparse.Namespace, sequences: Sequences) -> None:
+    from seqssm.tasks.track_plots import tracks_png
+
+    lengths = dict(zip(sequences.names, sequences.lengths.tolist(), strict=True))
+    picture = tracks_png(args.tracks.with_name(args.tracks.name + ".tsv"), lengths)
+    with atomic_write(args.picture, "wb") as file:
+        file.write(picture)
+    print(f"wrote {args.picture}", file=sys.stderr)
 
 
 def _build(args: argparse.Namespace, loaded: Loaded) -> Network:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,11 @@ def run(args: argparse.Namespace) -> None:
     if is_synthetic(loaded, args.checkpoint):
         evaluate_synthetic(loaded, args, build_datamodule(loaded, args.data, None))
         return
+    if args.lengths and issubclass(task_class(loaded, args.checkpoint), DNANetwork):
+        from seqssm.commands.evaluate_dna import evaluate_lengths
+
+        evaluate_lengths(loaded, args, partial(build_datamodule, loaded, args.data))
+        return
     datamodule = build_datamodule(loaded, args.data, args.batch_size)
     if args.lengths or args.needle:
         evaluate_tagging.probe(loaded, args, datamodule)
@@ -84,8 +90,10 @@ def _network_for(data: str | None) -> type[Network]:
     return kinds.get(kind, Network)
 
 
-def build_datamodule(loaded: Loaded, config: str | None, batch_size: int | None) -> pl.LightningDataModule:
-    """The DataModule a checkpoint names, or the one of a config's ``data`` section."""
+def build_datamodule(
+    loaded: Loaded, config: str | None, batch_size: int | None, **changes: Any
+) -> pl.LightningDataModule:
+    """The DataModule a checkpoint names, or the one of a config's ``data`` section, with some arguments changed."""
     from jsonargparse import ArgumentError, ArgumentParser
 
     import seqssm.data.audio.datamodule  # makes the short class names known to the parser
@@ -104,7 +112,8 @@ def build_datamodule(loaded: Loaded, config: str | None, batch_size: int | None)
         section = loaded.data
     else:
         raise UserError("the checkpoint does not say what data it was trained with; give --data CONFIG.yaml")
-    changes: dict[str, Any] = {} if batch_size is None else {"batch_size": batch_size}
+    if batch_size is not None:
+        changes["batch_size"] = batch_size
     if "features" in loaded.description["init_args"]:
         # Statistics included: what the model was trained on, not what other data would give.
         changes["features"] = loaded.description["init_args"]["features"]

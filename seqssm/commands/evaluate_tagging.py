@@ -25,7 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     probes = parser.add_argument_group("audio taggers, in place of the evaluation")
     probes.add_argument(
         "--lengths",
-        help="accuracy against the length: of what is heard, such as 1,5,30 s; of a synthetic task, 2^8,2^20 tokens",
+        help="scores against the length: of what is heard, such as 1,5,30 s; of DNA, 2^13,2^20 bases; of a synthetic "
+        "task, 2^8,2^20 tokens",
     )
     probes.add_argument("--needle", metavar="CLASS", help="hide a clip of this class in an hour of others, and find it")
     probes.add_argument("--needle-s", type=float, default=3600.0, help="seconds of the whole (default: 3600)")

@@ -93,6 +93,20 @@ def test_labels_sort_as_numbers_when_they_are_and_classes_restrict(tmp_path: Pat
     assert data.report.left_out["records or intervals of other classes"] == 30
 
 
+def test_labels_take_the_names_they_are_given(tmp_path: Path, random_dna: Dna) -> None:
+    rows = [f"{random_dna(50, i)},{i % 2},{('train', 'val', 'test')[i % 3]}" for i in range(60)]
+    (tmp_path / "data.csv").write_text("sequence,label,split\n" + "\n".join(rows) + "\n")
+    names = {"0": "promoter", "1": "other"}  # not in the order of the labels
+    data, plain = (DNADataModule(str(tmp_path / "data.csv"), label_names=n) for n in (names, None))
+    assert data.labels == ["other", "promoter"]
+    data.setup()
+    plain.setup()
+    for split in ("train", "val", "test"):
+        assert np.array_equal(data.grid(split).windows.label, 1 - plain.grid(split).windows.label)
+    with pytest.raises(UserError, match=r"label_names: .*data.csv has no label yes; column 'label' holds 0, 1"):
+        DNADataModule(str(tmp_path / "data.csv"), label_names={"yes": "promoter"}).setup()
+
+
 def test_train_sequences_that_stand_in_test_are_dropped_and_counted(
     tmp_path: Path, random_dna: Dna, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -136,6 +136,9 @@ def test_positions_are_told_apart_and_longer_windows_refused() -> None:
     batch = random_batch([21])
     with pytest.raises(UserError, match="21 bp is longer than the model's 20 positions"):
         task(batch.tokens, batch.lengths)
+    message = r"sequence 2: 21 bp, and this model answers for aligned windows of up to 20 bp .* --window-bp 20"
+    with pytest.raises(UserError, match=message):
+        task.predict(["A" * 20, "A" * 21])
 
 
 def test_bins_are_pooled_each_by_itself() -> None:

@@ -25,6 +25,7 @@ MODELS = {
     "last": {"pooling": "last"},
     "two-way": {"bidirectional": "tied", "kmer": 3, "motif": 5, "pooling": "mean_max"},
     "strands": {"bidirectional": "tied", "reverse_complement": True, "kmer": 3, "pooling": "mean_max"},
+    "composition": {"composition": 3, "average_strands": False},
     "patches": {"bidirectional": "tied", "kmer": 3, "patch": 4, "standardize": True, "pooling": "max"},
 }
 
@@ -46,6 +47,9 @@ def make_task(bidirectional: str = "none", reverse_complement: bool = False, **c
                 torch.nn.init.normal_(parameter)
             if name.endswith("out_proj.weight"):
                 parameter.mul_(4)
+        if task.composition is not None:
+            torch.nn.init.normal_(task.composition.table[:-1])
+            torch.nn.init.normal_(task.composition.bias)
     return task.eval()
 
 
@@ -78,6 +82,18 @@ def rows_of(task, plan: TrackPlan, folder: Path, sequences: Sequences | None = N
     folder.mkdir(exist_ok=True)
     assert not Tracks(task, sequences or records(), plan, folder, {}).run([kept], snapshot_s=0)
     return kept.rows
+
+
+def composition(task: DNAClassification, tokens: torch.Tensor, start: int, end: int) -> torch.Tensor:
+    """(c,) mean over the k-mers that end from ``start`` to ``end``, k-mer by k-mer."""
+    if task.composition is None:
+        return torch.zeros(3)
+    k, found = task.composition.k, []
+    for t in range(max(start, k - 1), min(end, len(tokens))):
+        kmer = tokens[t - k + 1 : t + 1].tolist()
+        if max(kmer) < 4:
+            found.append(task.composition.table[sum(base * 4**i for i, base in enumerate(reversed(kmer)))])
+    return (torch.stack(found).mean(0) if found else 0) + task.composition.bias
 
 
 def expected(task: DNAClassification, tokens: torch.Tensor, plan: TrackPlan) -> tuple[np.ndarray, np.ndarray]:
@@ -113,7 +129,8 @@ def expected(task: DNAClassification, tokens: torch.Tensor, plan: TrackPlan) -> 
                 }[task.pooling.mode]
                 vectors.append(torch.cat(parts))
             pooled = torch.stack(vectors).mean(0).float()[None]
-            probabilities[b] += task.score(pooled).softmax(-1)[0].numpy() / len(passes)
+            logits = task.score(pooled) + composition(task, tokens[0], near.start * patch, near.stop * patch)
+            probabilities[b] += logits.softmax(-1)[0].numpy() / len(passes)
             embeddings[b] += torch.stack([s[own].mean(0) for s in strands]).mean(0).numpy() / len(passes)
     return probabilities, embeddings
 

@@ -34,6 +34,8 @@ def make_task(bidirectional: str = "none", **changes) -> DNAClassification:
                 torch.nn.init.normal_(parameter)
             if name.endswith("out_proj.weight"):
                 parameter.mul_(4)
+        if task.composition is not None:
+            torch.nn.init.normal_(task.composition.table[:-1])
     return task.eval()
 
 
@@ -87,7 +89,11 @@ def full_pass(task: DNAClassification, letters: str, low: int, high: int, from_r
     tokens = tokens[:, :high]
     y, _ = task.backbone(task.embedding(tokens, torch.tensor([high])))
     y = y[:, low:]
-    return task.score(task.pooling(y, torch.tensor([y.shape[1]]))).softmax(-1)[0].numpy()
+    logits = task.score(task.pooling(y, torch.tensor([y.shape[1]])))
+    if task.composition is not None:
+        values, whole = task.composition.along(tokens[0])
+        logits = logits + values[low:].sum(0) / whole[low:].sum() + task.composition.bias
+    return logits.softmax(-1)[0].numpy()
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
@@ -97,8 +103,9 @@ def full_pass(task: DNAClassification, letters: str, low: int, high: int, from_r
         {"kmer": 3, "motif": 4, "average_strands": False},
         {"kmer": 3, "pooling": "mean_max"},
         {"pooling": "last"},
+        {"composition": 4},
     ],
-    ids=["one strand", "both strands", "last"],
+    ids=["one strand", "both strands", "last", "composition"],
 )
 def test_scores_are_those_of_two_full_passes(model: dict, batch_size: int, files: tuple[Path, Path]) -> None:
     task = make_task(**model)
