@@ -74,7 +74,7 @@ def export_loaded(
         config["storage"] = description["storage"]
     if notes is None and (folder / hub.NOTES).is_file():
         notes = (folder / hub.NOTES).read_text(encoding="utf-8")
-    ngram = None if Path(checkpoint).is_file() else hub.find_ngram(hub.resolve(checkpoint))
+    ngram = None if Path(name).is_file() else hub.find_ngram(hub.resolve(name))
     content = None if ngram is None else Path(ngram.pop("path")).read_bytes()  # the folder may be the same
     hub.save(folder, config, weights, metrics=metrics, notes=notes)
     if ngram is not None and content is not None:
