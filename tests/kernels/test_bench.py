@@ -12,6 +12,7 @@ from seqssm.errors import UserError
 from seqssm.kernels import bench, bench_cases
 from seqssm.kernels.bench import BOTH, FORWARD, OURS, Rates, Run, Work
 from seqssm.kernels.bench_cases import KERNEL_CASES, ConvCase, ScanCase, SSDCase
+from seqssm.kernels.bench_results import table
 
 RATES = Rates(bytes=1e9, exps=1e8, lanes=1e9, flops=1e10)
 
@@ -46,9 +47,9 @@ def test_a_run_writes_every_pass_and_keeps_other_cases(tmp_path: Path) -> None:
     text = "\n".join(lines)
     assert f"limit = {ConvCase.formula}" in text
     assert "torch:" in text
-    table = bench.table(path).splitlines()
-    assert len(table) == 4 + 4
-    assert table[-1].startswith("| cpu-conv-2x8x64 | forward+backward | float32 |")
+    rows = table(path).splitlines()
+    assert len(rows) == 4 + 4
+    assert rows[-1].startswith("| cpu-conv-2x8x64 | forward+backward | float32 |")
 
 
 def test_limits_follow_the_formula() -> None:
