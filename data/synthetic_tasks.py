@@ -277,7 +277,7 @@ class Needle(SyntheticDataModule):
 
     def batch(self, rng: np.random.Generator, rows: int, length: int) -> DNABatch:
         tokens = rng.integers(0, 4, (rows, length), dtype=np.uint8)
-        labels = rng.permuted(np.arange(rows) % 2)  # equal classes, or one more of the first
+        labels = rng.permuted((np.arange(rows) + rng.integers(2)) % 2)  # equal classes, or one more of either
         third, span = length // 3, np.arange(self.motif_bp)
         starts = np.stack(
             [

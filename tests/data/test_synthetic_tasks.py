@@ -124,3 +124,10 @@ def test_the_shipped_settings_work() -> None:
 def test_settings_that_do_not_work_are_refused(make: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         make()
+
+
+def test_a_single_sequence_has_either_label() -> None:
+    data = Needle(motif_bp=16, **SHORT)
+    labels = [int(data.batch(np.random.default_rng(seed), 1, 256).labels) for seed in range(40)]
+    assert 10 <= sum(labels) <= 30
+    assert abs(int(data.batch(np.random.default_rng(0), 7, 256).labels.sum()) - 3.5) == 0.5
