@@ -10,6 +10,8 @@ import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor, nn
 
+from seqssm.errors import UserError
+
 
 class RunningAverage(WeightAveraging):
     """Exponential moving average of the weights for validation, checkpoints and tests.
@@ -28,6 +30,20 @@ class RunningAverage(WeightAveraging):
     def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
         """After every optimizer step."""
         return step_idx is not None
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Make the average.
+
+        Raises:
+            UserError: checkpoints would hold the weights themselves.
+        """
+        if stage == "fit" and any(getattr(one, "save_weights_only", False) for one in trainer.checkpoint_callbacks):
+            # Lightning asks no callback for what belongs into such a checkpoint.
+            raise UserError(
+                "ModelCheckpoint with save_weights_only keeps the weights themselves, not their running average, which "
+                "validation scores: set save_weights_only: false, or leave RunningAverage out"
+            )
+        super().setup(trainer, pl_module, stage)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keep the average where the model is: it was made before the model was moved, and would have every step wait

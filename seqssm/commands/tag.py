@@ -19,13 +19,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from seqssm import hub
 from seqssm.commands.interrupts import until_interrupted
 from seqssm.data.audio.live import ENCODINGS, LiveAudio
 from seqssm.data.audio.reading import blocks, cut_off, open_audio
 from seqssm.errors import UserError
 from seqssm.files import atomic_write
 from seqssm.tasks.events import FORMATS, Change, EventWriter, ended
-from seqssm.tasks.network import add_checkpoint_argument, checkpoint_or_default, load_network
+from seqssm.tasks.network import add_checkpoint_argument, checkpoint_or_default, class_path, load_network
 from seqssm.tasks.tag_report import Overview, overview_png, playable, report_html
 from seqssm.tasks.tagging_network import TaggingNetwork
 from seqssm.tasks.tagging_stream import Listener, LiveTagger, Tagger, make_tagger
@@ -82,6 +83,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--threads is {args.threads}: one at least")
     if args.threads or args.live:
         torch.set_num_threads(args.threads or 1)
+    args.checkpoint = args.checkpoint or (_causal_default() if args.live else None)
     args.checkpoint = checkpoint_or_default(args.checkpoint, TaggingNetwork)
     network = load_network(args.checkpoint, TaggingNetwork).to(args.device)
     if args.live:
@@ -106,6 +108,17 @@ def run(args: argparse.Namespace) -> None:
             raise UserError(f"none of the {len(skipped)} files could be read")
     if skipped:
         _note(f"skipped {len(skipped)} of {len(args.files)} files")
+
+
+def _causal_default() -> str | None:
+    """The shipped tagger that can run live, where there is one alone."""
+    found = []
+    for name, folder in hub.shipped().items():
+        config = hub.read_config(folder)
+        network = (config.get("network") or {}).get("class_path")
+        if network == class_path(TaggingNetwork) and config["init_args"]["backbone"]["bidirectional"] == "none":
+            found.append(name)
+    return found[0] if len(found) == 1 else None
 
 
 def _check_names(files: list[str], folder: Path) -> None:

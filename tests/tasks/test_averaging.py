@@ -1,11 +1,14 @@
 """The running average of the weights."""
 
+from pathlib import Path
+
 import lightning.pytorch as pl
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from seqssm.errors import UserError
 from seqssm.tasks.averaging import RunningAverage
 
 
@@ -38,6 +41,15 @@ def test_weights_are_averaged_with_a_short_memory_at_first() -> None:
         expected = weight if n == 0 else kept * expected + (1 - kept) * weight
     torch.testing.assert_close(model.line.weight.item(), expected, rtol=1e-5, atol=1e-6)
     assert int(model.norm.num_batches_tracked) == 30
+
+
+def test_checkpoints_without_the_average_are_refused(tmp_path: Path) -> None:
+    callbacks = [RunningAverage(), pl.callbacks.ModelCheckpoint(tmp_path, save_weights_only=True)]
+    trainer = pl.Trainer(
+        max_steps=3, accelerator="cpu", logger=False, enable_progress_bar=False, callbacks=callbacks
+    )  # fmt: skip
+    with pytest.raises(UserError, match="not their running average"):
+        trainer.fit(Line(), DataLoader(torch.arange(60.0).view(60, 1), batch_size=2))
 
 
 @pytest.mark.gpu
