@@ -95,6 +95,10 @@ class AudioTagging(TaggingNetwork, Task):
         self._teacher: Teacher | None = None
         self.load_initial_weights()
 
+    def init_args(self) -> dict[str, Any]:
+        """As :meth:`Task.init_args`. The teacher is left out, too: what it taught is in the weights."""
+        return {key: value for key, value in super().init_args().items() if key != "teacher"}
+
     # ---- training ----------------------------------------------------------------------------------------------
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -340,8 +340,10 @@ def test_a_teacher_is_no_part_of_what_it_teaches(tmp_path: Path) -> None:
     hub.save(tmp_path / "teacher", teacher.describe(), teacher.state_dict())
     task = make_task(multi_label=False, teacher=[str(tmp_path / "teacher")], teacher_weight=1.0)
     before = set(task.state_dict())
-    fit(task, tmp_path, epochs=1)
+    fit(task, tmp_path, epochs=1, callbacks=(pl.callbacks.ModelCheckpoint(tmp_path, filename="last"),))
     assert set(task.state_dict()) == before
+    assert str(tmp_path) not in str(read_checkpoint(tmp_path / "last.ckpt").description)
+    assert load_task(tmp_path / "last.ckpt", AudioTagging).teacher is None
 
 
 def test_checkpoint_names_the_task(tmp_path: Path) -> None:
