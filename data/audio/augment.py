@@ -36,6 +36,8 @@ class AugmentConfig:
         noise_snr_db: least and greatest signal-to-noise ratio of it.
         empty: share of the clips that are such noise alone, soft or loud, with no label (where clips have exactly one:
             with equal shares of all), so that a background is no event.
+        buried: share of the clips of which a random stretch is left, with such noise around it, so that a label does
+            not depend on how much of a recording has the sound.
     """
 
     mixup: float = 0.5
@@ -51,9 +53,10 @@ class AugmentConfig:
     noise: float = 0.2
     noise_snr_db: tuple[float, float] = (10.0, 40.0)
     empty: float = 0.0
+    buried: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("mixup", "noise", "mel_mask_fraction", "empty"):
+        for name in ("mixup", "noise", "mel_mask_fraction", "empty", "buried"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"augment.{name} is {getattr(self, name)}: it must lie between 0 and 1")
         for name in ("time_masks", "time_mask_s", "mel_masks", "gain_db", "shift_s", "speed", "equalizer_db"):
@@ -148,6 +151,7 @@ def add_noise(
     return samples + made * np.float32(level / noise_level * 10 ** (-snr_db / 20))
 
 
+LEAST_BURIED = 0.4  # of a clip that is left in noise
 EMPTY_LEVEL_DB = (-80.0, -30.0)  # of clips that are noise alone, relative to full scale
 
 
@@ -156,6 +160,21 @@ def only_noise(count: int, noise: np.ndarray | None, rng: np.random.Generator) -
     made = coloured_noise(count, rng) if noise is None else stretch(noise, count, rng)
     level = rms(made)
     return made * np.float32(10 ** (rng.uniform(*EMPTY_LEVEL_DB) / 20) / level) if level else made
+
+
+def bury(samples: np.ndarray, noise: np.ndarray | None, rng: np.random.Generator) -> np.ndarray:
+    """A random stretch of samples (n,), in noise as :func:`only_noise` makes it."""
+    begin, end = buried_stretch(len(samples), rng)
+    out = only_noise(len(samples), noise, rng)
+    out[begin:end] += samples[begin:end]
+    return out
+
+
+def buried_stretch(count: int, rng: np.random.Generator) -> tuple[int, int]:
+    """What is left of ``count`` samples that are buried: from and to, exclusive."""
+    kept = int(rng.uniform(LEAST_BURIED, 1) * count)
+    begin = int(rng.integers(0, count - kept, endpoint=True))
+    return begin, begin + kept
 
 
 def coloured_noise(count: int, rng: np.random.Generator, slope: float | None = None) -> np.ndarray:

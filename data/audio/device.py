@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from seqssm.data.audio.augment import EMPTY_LEVEL_DB, AugmentConfig, draw_masks, draw_response
+from seqssm.data.audio.augment import EMPTY_LEVEL_DB, AugmentConfig, buried_stretch, draw_masks, draw_response
 from seqssm.data.audio.batches import AudioBatch, SampleBatch, with_features
 from seqssm.data.audio.sampling import TrainingClips
 from seqssm.data.loading import EpochSampler
@@ -158,13 +158,14 @@ class DeviceClips:
         augment: AugmentConfig,
         rng: np.random.Generator,
     ) -> Tensor:
-        """Samples (b, n) at other levels, with noise, and noise alone where an item is empty."""
+        """Samples (b, n) at other levels, with noise, in noise or noise alone."""
         gain = 10 ** (rng.uniform(-augment.gain_db, augment.gain_db, len(samples)) / 20)
         samples = samples * self._put(gain.astype(np.float32))[:, None]
         noisy = rng.random(len(samples)) < augment.noise
+        buried = (rng.random(len(samples)) < augment.buried) & ~empty
         ratio = 10 ** (-rng.uniform(*augment.noise_snr_db, len(samples)) / 20) * noisy
         alone = 10 ** (rng.uniform(*EMPTY_LEVEL_DB, len(samples)) / 20)
-        rows = np.flatnonzero(noisy | empty)
+        rows = np.flatnonzero(noisy | empty | buried)
         if not len(rows):
             return samples
         noise = self._noise(len(rows), samples.shape[1], rng)
@@ -175,15 +176,20 @@ class DeviceClips:
             return (x.square().masked_fill(~mask, 0).sum(1) / size).sqrt()
 
         heard = samples[chosen]
-        is_empty = self._put(empty[rows])
+        ends = np.stack([np.zeros(len(rows), np.int64), counts[rows]], 1)  # of what is left of each
+        for i, row in enumerate(rows):
+            if empty[row] or buried[row]:
+                ends[i] = (0, 0) if empty[row] else buried_stretch(int(counts[row]), rng)
+        left = self._put(ends)
+        at = torch.arange(samples.shape[1], device=self.device)
+        kept = heard.masked_fill((at < left[:, :1]) | (at >= left[:, 1:]), 0)
         wanted = torch.where(
-            is_empty,
+            self._put((empty | buried)[rows]),
             self._put(alone[rows].astype(np.float32)),
             level(heard) * self._put(ratio[rows].astype(np.float32)),
         )
         noise = noise * (wanted / level(noise).clamp(min=1e-12))[:, None]
-        made = noise + heard.masked_fill(is_empty[:, None], 0)
-        return samples.index_copy(0, chosen, made.masked_fill(~mask, 0))
+        return samples.index_copy(0, chosen, (noise + kept).masked_fill(~mask, 0))
 
     def _noise(self, rows: int, count: int, rng: np.random.Generator) -> Tensor:
         """(rows, count) of noise: stretches of recordings where there are some, else white to brown."""

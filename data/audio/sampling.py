@@ -17,6 +17,7 @@ from seqssm.data.audio.augment import (
     AugmentConfig,
     Masks,
     add_noise,
+    bury,
     change_level,
     change_speed,
     draw_masks,
@@ -227,6 +228,8 @@ class TrainingClips(Dataset[Sample]):
             samples = change_level(samples, augment, rng)
             if rng.random() < augment.noise:
                 samples = add_noise(samples, self._some_noise(rng), augment, rng)
+            if augment.buried and weights != (0.0,) and rng.random() < augment.buried:
+                samples = bury(samples, self._some_noise(rng), rng)
             masks = draw_masks(augment, self.features, self.features.frames(len(samples)), rng)
             if augment.equalizer_db:
                 response = draw_response(augment, self.features, rng)

@@ -9,6 +9,7 @@ from seqssm.data.audio.augment import (
     add_noise,
     apply_masks,
     apply_responses,
+    bury,
     change_level,
     change_speed,
     coloured_noise,
@@ -155,3 +156,16 @@ def test_a_response_adds_its_decibels_to_real_frames_alone() -> None:
     torch.testing.assert_close(made[0] - features[0], torch.from_numpy(gain).expand_as(made[0]), rtol=1e-4, atol=1e-5)
     assert torch.equal(made[1, 40:], features[1, 40:])
     torch.testing.assert_close(made[1, :40], made[0, :40])
+
+
+def test_a_buried_clip_keeps_a_stretch_in_soft_noise() -> None:
+    loud = np.full(16000, 0.5, np.float32)
+    kept = []
+    for seed in range(30):
+        made = bury(loud, None, rng(seed))
+        whole = np.flatnonzero(made > 0.25)
+        kept.append(len(whole) / 16000)
+        rest = np.delete(made, np.arange(whole[0], whole[-1] + 1))
+        assert not len(rest) or np.abs(rest).max() < 0.25  # noise of -30 dB at most
+    assert 0.39 < min(kept) < 0.6
+    assert max(kept) > 0.85

@@ -132,6 +132,15 @@ def test_noise_has_its_ratio_and_empty_clips_hold_nothing_else(split: SplitClips
     clean, alone = samples_of(empty=1.0)
     correlation = (clean * alone).sum(1) / (clean.norm(dim=1) * alone.norm(dim=1))
     assert correlation.abs().max() < 0.1
+    clean, buried = samples_of(buried=1.0)
+    for before, after, size in zip(clean, buried, range(3200, 6400, 320), strict=True):
+        rest = (after - before)[:size]
+        level = 20 * torch.log10(before[:size].square().mean().sqrt())
+        own = torch.nonzero(rest.abs() > 0.05).flatten()  # where the tone is missing
+        assert len(own) < 0.62 * size  # the tone passes 0.05 in two samples of three
+        assert level > -30
+        assert not after[size:].any()
+    assert (buried - clean).abs().max() > 0.05
     made = device_clips(split, augment=replace(PLAIN, empty=0.3))
     batch = made.batch(list(range(200)))
     empty = batch.weights[:, 0] == 0
