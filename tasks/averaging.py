@@ -61,13 +61,12 @@ class RunningAverage(WeightAveraging):
             return
         assert self._average_model is not None
         kept = min(self.decay, done / (done + 9)) if self._latest_update_step else 0.0
-        pairs = zip(_tensors(self._average_model.module), _tensors(pl_module), strict=True)
-        floats, others = [], []  # the others are counters of the norms
-        for average, weight in pairs:
-            (floats if average.is_floating_point() else others).append((average, weight))
-        torch._foreach_lerp_(*map(list, zip(*floats, strict=True)), 1 - kept)
+        averages, weights = _tensors(self._average_model.module), _tensors(pl_module)
+        floats = [i for i, one in enumerate(averages) if one.is_floating_point()]
+        others = sorted(set(range(len(averages))) - set(floats))  # counters of the norms
+        torch._foreach_lerp_([averages[i] for i in floats], [weights[i] for i in floats], 1 - kept)
         if others:
-            torch._foreach_copy_(*map(list, zip(*others, strict=True)))
+            torch._foreach_copy_([averages[i] for i in others], [weights[i] for i in others])
         self._average_model.n_averaged += 1
         self._latest_update_step = done
 

@@ -55,8 +55,11 @@ class TaggingScores(Metric):
         self.targets.append(one_hot(labels, self.classes).to(torch.int64))
 
     def table(self) -> tuple[Tensor, Tensor]:
-        """(n, c) probabilities and zeros and ones of everything seen (as synchronised, inside :meth:`compute`)."""
-        return _joined(self.probabilities), _joined(self.targets)
+        """(n, c) probabilities and zeros and ones of everything seen (as synchronised, inside :meth:`compute`).
+
+        On the CPU: scores take many small steps, for each of which a GPU would have to be waited for.
+        """
+        return _joined(self.probabilities).cpu(), _joined(self.targets).cpu()
 
     def compute(self) -> dict[str, Tensor]:
         """The scores by name."""

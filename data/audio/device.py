@@ -69,19 +69,21 @@ class DeviceClips:
         real = torch.arange(int(counts.max()), device=self.device) < self._put(counts)[:, None]
         samples = self._overlaid(parts, shares, rng) if clips.mix_clips is not None else self._mixed(parts, shares)
         targets = clips.split.targets[members]  # (b, k, c)
-        labels = (
-            (targets & (shares > 0)[..., None]).any(1)
-            if clips.mix_clips is not None
-            else (targets * shares[..., None]).sum(1)
-        ).astype(np.float32)
-        masks = responses = None
+        if clips.mix_clips is not None:
+            labels = np.asarray((targets & (shares > 0)[..., None]).any(1), np.float32)
+        else:
+            labels = np.asarray((targets * shares[..., None]).sum(1), np.float32)
+        time = mel = responses = None
         if augment is not None:
             empty = rng.random(len(items)) < augment.empty
             samples = self._augmented(samples, real, counts, empty, augment, rng)
             labels[empty] = 0.0 if clips.multi_label else 1 / labels.shape[1]
             shares = np.where(empty[:, None], 0, shares)
             drawn = [draw_masks(augment, clips.features, clips.features.frames(int(n)), rng) for n in counts]
-            masks = (self._put(np.stack([one.time for one in drawn])), self._put(np.stack([one.mel for one in drawn])))
+            time, mel = (
+                self._put(np.stack([one.time for one in drawn])),
+                self._put(np.stack([one.mel for one in drawn])),
+            )
             if augment.equalizer_db:
                 responses = self._put(np.stack([draw_response(augment, clips.features, rng) for _ in items]))
         return with_features(
@@ -91,7 +93,8 @@ class DeviceClips:
                 self._put(labels if clips.several else labels.argmax(1)),
                 self._put(np.where((shares > 0) | (np.arange(members.shape[1]) == 0), members, -1)),
                 self._put(shares.astype(np.float32)),
-                *(masks or (None, None)),
+                time,
+                mel,
                 responses,
             ),
             clips.features,
