@@ -163,7 +163,7 @@ def overview_png(overview: Overview, labels: Sequence[str], title: str) -> bytes
 
     drawn, small = io.BytesIO(), io.BytesIO()
     overview_figure(overview, labels, title).savefig(drawn, format="png")
-    # 256 colours are enough for it, and a third of the size.
+    # 256 colours are enough for it, and half the size.
     palette = Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE)
     palette.save(small, format="png", optimize=True)
     return small.getvalue()

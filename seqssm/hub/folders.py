@@ -26,8 +26,11 @@ from seqssm.hub.cards import Notes, model_card
 FORMAT_VERSION = 1
 CONFIG, WEIGHTS, CARD, METRICS, NOTES = "config.json", "model.safetensors", "README.md", "metrics.json", "card.yaml"
 NGRAM = "ngram.arpa.gz"
-FILES = re.compile(r"config\.json|model\.safetensors|README\.md|card\.yaml|ngram\.arpa\.gz|metrics(-[\w.^-]+)?\.json")
-"""The names of all files that belong to a checkpoint; a second evaluation is metrics-WHAT.json."""
+FILES = re.compile(
+    r"config\.json|model\.safetensors|README\.md|card\.yaml|ngram\.arpa\.gz|[\w-]+\.png|metrics(-[\w.^-]+)?\.json"
+)
+"""The names of all files that belong to a checkpoint; a second evaluation is metrics-WHAT.json, and
+pictures of what a model gives may lie beside it."""
 _REQUIRED = {"format_version", "version", "task", "init_args", "sha256"}
 _KEYS = _REQUIRED | {"versions", "network", "data", "training", "storage", "ngram"}
 _NGRAM_KEYS = {"sha256", "unit", "weight", "bonus"}
