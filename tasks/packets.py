@@ -23,8 +23,11 @@ def mono(samples: np.ndarray | Tensor, before: int) -> NDArray[np.float32]:
     """
     usual = type(samples) is np.ndarray and samples.dtype == np.float32 and samples.ndim == 1
     # A product is quicker than a look at each sample, and finite only if all are; huge ones are looked at below.
-    if usual and math.isfinite(samples.dot(samples)):
-        return samples
+    if usual:
+        with np.errstate(over="ignore", invalid="ignore"):
+            squares = samples.dot(samples)
+        if math.isfinite(squares):
+            return samples
     array = samples.numpy() if isinstance(samples, Tensor) else np.asarray(samples)
     if array.dtype == np.int16:
         array = array.astype(np.float32) / 32768
