@@ -21,9 +21,8 @@ def mono(samples: np.ndarray | Tensor, before: int) -> NDArray[np.float32]:
     Raises:
         UserError: they are of another kind, or NaN or infinite.
     """
-    usual = type(samples) is np.ndarray and samples.dtype == np.float32 and samples.ndim == 1
-    # A product is quicker than a look at each sample, and finite only if all are; huge ones are looked at below.
-    if usual:
+    if isinstance(samples, np.ndarray) and samples.dtype == np.float32 and samples.ndim == 1:
+        # A product is quicker than a look at each sample, and finite only if all are; huge ones are looked at below.
         with np.errstate(over="ignore", invalid="ignore"):
             squares = samples.dot(samples)
         if math.isfinite(squares):
