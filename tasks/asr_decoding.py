@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from seqssm.errors import UserError
@@ -52,6 +53,17 @@ class DecodingConfig:
             raise UserError(
                 f"hotwords and n-gram models help a beam search: decode with beam or rnnt-beam, not {self.method}"
             )
+
+    def describe(self) -> str:
+        """In words, for a report."""
+        beam = f" of {self.size}" if self.method.endswith("beam") else ""
+        helped = [f"{len(self.hotwords)} hotwords"] if self.hotwords else []
+        helped += (
+            [f"{Path(self.ngram).name} (weight {self.ngram_weight:g}, bonus {self.ngram_bonus:g})"]
+            if self.ngram
+            else []
+        )
+        return f"{self.method}{beam}" + (f" with {' and '.join(helped)}" if helped else "")
 
 
 def decoders(task: ASRNetwork, config: DecodingConfig) -> Callable[[], Decoder]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from seqssm.tasks.asr_stream import SlotTable
@@ -56,6 +57,8 @@ def simulate_sessions(
     order = np.argsort(arrivals, axis=None)
     packets = zip((order // rounds).tolist(), (order % rounds).tolist(), arrivals.ravel()[order].tolist(), strict=True)
     coming = next(packets, None)
+    if table.task.device.type == "cuda":
+        torch.cuda.synchronize(table.task.device)  # all that opening has queued
     latencies: list[NDArray[np.float64]] = []
     now, busy_s, steps = 0.0, 0.0, 0
     while True:

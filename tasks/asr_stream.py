@@ -284,8 +284,9 @@ class SlotTable:
         return ready
 
     def _write_row(self, slot: int, row: State) -> None:
-        for key, value in row.items():
-            self._step.state[key][slot : slot + 1] = value
+        state, device = self._step.state, self.task.device
+        # At once: on a GPU, dozens of small copies for each that comes would keep the others waiting.
+        torch._foreach_copy_([state[key][slot : slot + 1] for key in row], [row[key].to(device) for key in row])
 
     # ---- to another process ------------------------------------------------------------------------------------------
 

@@ -63,7 +63,7 @@ def export_loaded(
     config: dict[str, Any] = {key: description[key] for key in ("task", "init_args", "version") if key in description}
     network = description.get("network") or _network(loaded, name)
     config |= {"network": network} if network else {}
-    config |= {"data": _without_folders(loaded.data)} if loaded.data else {}
+    config |= {"data": _portable(loaded.data)} if loaded.data else {}
     training = {key: description[key] for key in TRAINING if description.get(key) is not None}
     config |= {"training": training} if training else {}
     weights = loaded.weights
@@ -87,6 +87,13 @@ def _network(loaded: Loaded, name: str) -> dict[str, Any] | None:
     from seqssm.tasks.base import Task, build_task
 
     return build_task(loaded, Task, name).describe().get("network")
+
+
+def _portable(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Data settings for other machines, whose folders and caches are elsewhere."""
+    settings = _without_folders(data)
+    args = settings.get("init_args", {})
+    return {**settings, "init_args": {**args, **({"cache_dir": None} if "cache_dir" in args else {})}}
 
 
 def _without_folders(value: Any) -> Any:

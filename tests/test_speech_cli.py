@@ -162,6 +162,10 @@ def test_a_checkpoint_brings_its_ngram_model(trained: Path, tmp_path: Path, caps
     assert heard("--decode", "beam", "--ngram-weight", "0.001") == heard(
         "--decode", "beam", "--ngram", str(arpa), "--ngram-weight", "0.001", "--ngram-bonus", "1"
     )
+    report = ["--data", str(trained / "manifest.tsv"), "--split", "val", "-o", str(tmp_path / "report")]
+    assert main(["evaluate", "--checkpoint", str(folder), "--decode", "beam", *report]) == 0
+    metrics = json.loads((tmp_path / "report/metrics.json").read_text())
+    assert metrics["decoding"] == "beam of 16 with ngram.arpa.gz (weight 9, bonus 1)"
     # It goes where the checkpoint goes, and an altered one is refused.
     assert main(["hub", "push", str(folder), str(tmp_path / "pushed")]) == 0
     assert main(["checkpoints", "export", str(folder), str(tmp_path / "exported")]) == 0

@@ -208,7 +208,7 @@ def evaluate_asr(
         "lookahead_ms": lookahead,
         "chunk_ms": 1000 * transcriber().table.chunk * task.token_s,
         "state_bytes": transcriber().table.state_bytes,
-        "decoding": decoding.method,
+        "decoding": decoding.describe(),
         "aligner": aligner or checkpoint,
         "device": device,
         "threads": torch.get_num_threads(),

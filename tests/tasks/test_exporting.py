@@ -188,13 +188,18 @@ def test_the_mean_of_runs(tmp_path: Path) -> None:
 
 def test_notes_stay_metrics_do_not_and_paths_lose_their_folders(tmp_path: Path) -> None:
     data = {"class_path": "X", "init_args": {"path": "/home/someone/secret/genomes.fa", "bed": ["~/a.bed", "b.bed"]}}
+    data["init_args"]["cache_dir"] = "/home/someone/cache"  # its last part would be a folder where somebody else works
     checkpoint = lightning_checkpoint(dna(), tmp_path / "x.ckpt", data=data)
     metrics = {"metrics": {"accuracy": {"value": 0.5}}}
     folder = export(checkpoint, tmp_path / "f", notes="license: mit", metrics=metrics)
     assert export(checkpoint, folder) == folder
     assert (folder / hub.NOTES).read_text() == "license: mit"
     assert not (folder / hub.METRICS).exists()
-    assert hub.read_config(folder)["data"]["init_args"] == {"path": "genomes.fa", "bed": ["a.bed", "b.bed"]}
+    assert hub.read_config(folder)["data"]["init_args"] == {
+        "path": "genomes.fa",
+        "bed": ["a.bed", "b.bed"],
+        "cache_dir": None,
+    }
 
 
 # ---- starting from one ---------------------------------------------------------------------------------------------
