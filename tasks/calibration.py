@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from seqssm.tasks.dna_network import DNANetwork
 
@@ -38,7 +38,7 @@ def fit_scaling(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -
         value.backward()
         return value
 
-    optimizer.step(loss)  # type: ignore[no-untyped-call]
+    optimizer.step(loss)
     return float(log_scale.detach().exp()), (bias - bias.mean()).detach()
 
 
@@ -46,6 +46,7 @@ def fit_scaling(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -
 def rescale(network: DNANetwork, scale: float, bias: Tensor) -> None:
     """Have a network's logits be scale · logits + bias (c,) from now on."""
     last = network.head[-1]
+    assert isinstance(last, nn.Linear)
     last.weight.mul_(scale)
     last.bias.mul_(scale).add_(bias.to(last.bias))
     if network.composition is not None:

@@ -245,7 +245,9 @@ class DNANetwork(Network):
 
     def _check_fits(self, windows: Sequence[FastaWindow]) -> None:
         places = self.embedding.places
-        for window in windows if places is not None else ():
+        if places is None:
+            return
+        for window in windows:
             length = window.end_bp - window.start_bp
             if length > len(places):
                 raise UserError(

@@ -44,8 +44,13 @@ def export(
     Raises:
         UserError: the checkpoint cannot be read, the folder cannot be written, or float16 changes the output.
     """
-    loaded = read_checkpoint(checkpoint)
-    return export_loaded(loaded, folder, str(checkpoint), half=half, tolerance=tolerance, notes=notes, metrics=metrics)
+    loaded, name = read_checkpoint(checkpoint), str(checkpoint)
+    ngram = None if Path(checkpoint).is_file() else hub.find_ngram(hub.resolve(checkpoint))
+    content = None if ngram is None else Path(ngram.pop("path")).read_bytes()  # the folder may be the same
+    folder = export_loaded(loaded, folder, name, half=half, tolerance=tolerance, notes=notes, metrics=metrics)
+    if ngram is not None and content is not None:
+        hub.add_ngram(folder, content, **ngram)
+    return folder
 
 
 def export_loaded(
@@ -74,12 +79,7 @@ def export_loaded(
         config["storage"] = description["storage"]
     if notes is None and (folder / hub.NOTES).is_file():
         notes = (folder / hub.NOTES).read_text(encoding="utf-8")
-    ngram = None if Path(name).is_file() else hub.find_ngram(hub.resolve(name))
-    content = None if ngram is None else Path(ngram.pop("path")).read_bytes()  # the folder may be the same
-    hub.save(folder, config, weights, metrics=metrics, notes=notes)
-    if ngram is not None and content is not None:
-        hub.add_ngram(folder, content, **ngram)
-    return folder
+    return hub.save(folder, config, weights, metrics=metrics, notes=notes)
 
 
 def _network(loaded: Loaded, name: str) -> dict[str, Any] | None:

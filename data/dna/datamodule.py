@@ -175,8 +175,8 @@ class DNADataModule(LightningDataModule):
             if self.settings["classes"]:
                 values = set(map(str, self.settings["classes"]))
             else:
-                values = self._list().label_values()
-                values = set(map(self._name, values)) if values else self._labels_of_records()
+                found = self._list().label_values()
+                values = set(map(self._name, found)) if found else self._labels_of_records()
             if len(values) < 2:
                 raise UserError(f"{self.layout.path}: a classifier needs two classes or more, found {sorted(values)}")
             self._labels = sorted(values, key=_natural)

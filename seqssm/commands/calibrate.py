@@ -15,6 +15,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data", help="a YAML config whose `data` section to use; default: the data the checkpoint was trained with"
     )
+    parser.add_argument(
+        "--window-bp",
+        type=int,
+        help="calibrate for windows of so many bases, of which longer ones hold more evidence; default: as trained",
+    )
     parser.add_argument("--batch-size", type=int, help="windows a forward pass; default: as trained")
     parser.add_argument("--device", default="auto", help="a Lightning accelerator: auto, cpu or cuda")
 
@@ -32,7 +37,10 @@ def run(args: argparse.Namespace) -> None:
 
     loaded = read_checkpoint(args.checkpoint)
     task = build_task(loaded, DNAClassification, args.checkpoint)
-    datamodule: Any = build_datamodule(loaded, args.data, args.batch_size, eval_windows=None)
+    changes: dict[str, Any] = {"eval_windows": None}
+    if args.window_bp is not None:
+        changes |= {"window_bp": args.window_bp, "stride_bp": None, "min_window_bp": None, "warmup_from_bp": None}
+    datamodule: Any = build_datamodule(loaded, args.data, args.batch_size, **changes)
     datamodule.prepare_data()
     datamodule.setup("fit")
     if list(datamodule.labels) != task.labels:
@@ -58,5 +66,8 @@ def run(args: argparse.Namespace) -> None:
         f"times {scale:.3f}, and "
         + ", ".join(f"{name} {value:+.3f}" for name, value in zip(task.labels, bias.tolist(), strict=True))
     )
-    folder = export_loaded(Loaded(loaded.description, task.state_dict(), loaded.data), args.folder, args.checkpoint)
+    data = loaded.data
+    if args.window_bp is not None and data:
+        data = {**data, "init_args": {**data["init_args"], "window_bp": args.window_bp}}
+    folder = export_loaded(Loaded(loaded.description, task.state_dict(), data), args.folder, args.checkpoint)
     print(f"wrote {folder}")

@@ -74,7 +74,7 @@ def _list(args: argparse.Namespace) -> None:
         )
     console = Console()
     # A table that is cut off says less than one that is too wide.
-    Console(width=max(console.width, 120)).print(table)
+    Console(width=max(console.width, 140)).print(table)
     print("* is used when no --checkpoint is given. Cards: README.md in", next(iter(hub.shipped().values())).parent)
 
 

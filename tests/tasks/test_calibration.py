@@ -82,3 +82,6 @@ def test_command_calibrates_on_validation(tmp_path: Path, capsys: pytest.Capture
     assert losses[0] == pytest.approx(first, abs=1e-4)
     assert losses[1] == pytest.approx(second, abs=1e-3)  # strands are averaged behind the softmax
     assert losses[1] < losses[0] - 0.05
+    longer = [str(tmp_path / "before"), str(tmp_path / "parts"), "--data", str(config), "--window-bp", "30"]
+    assert main(["calibrate", *longer]) == 0
+    assert "log loss on 400 validation windows" in capsys.readouterr().out  # two of 30 bp in each of 60
