@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,10 +65,11 @@ def _list(args: argparse.Namespace) -> None:
         print("no checkpoints come with this version of seqssm")
         return
     table = Table(box=box.SIMPLE_HEAD)
-    for heading in ("name", "task", "weights", "MB", "score [interval]", "licence"):
+    for heading in ("name", "task", "weights", "MB", "score, 95% interval", "licence"):
         table.add_column(heading, justify="right" if heading in ("weights", "MB") else "left", no_wrap=True)
     for row in rows:
         score = f"{row['metric']} {row['score']}" if row["metric"] else "-"
+        score += "" if row["split"] == "test" else f" on {row['split']}"
         name = f"{row['name']}{' *' if row['default'] else ''}"
         table.add_row(
             name, row["task"], f"{row['parameters']:,}", f"{row['megabytes']:.2f}", score, row["license"] or "none"
@@ -89,7 +91,10 @@ def describe(name: str, folder: Path) -> dict[str, Any]:
     with safe_open(folder / hub.WEIGHTS, framework="np") as file:
         sizes = [file.get_slice(key).get_shape() for key in file.keys()]  # noqa: SIM118 - no dict
     parameters = sum(_product(shape) for shape in sizes)
-    metric, measure = main_measure(next(iter(reports.values())), notes) if reports else ("", None)
+    report = next(iter(reports.values()), None)
+    metric, measure = main_measure(report, notes) if report else ("", None)
+    data = report.get("data") if report else None
+    split = data.get("split", "test") if isinstance(data, Mapping) else "test"
     return {
         "name": name,
         "task": task_title(config),
@@ -97,6 +102,7 @@ def describe(name: str, folder: Path) -> dict[str, Any]:
         "megabytes": round(sum(path.stat().st_size for path in folder.iterdir()) / 1e6, 3),
         "metric": metric,
         "score": measure.text() if measure else "",
+        "split": split,
         "license": notes.license,
         "default": notes.default,
         "folder": str(folder),
