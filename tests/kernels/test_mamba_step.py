@@ -1,18 +1,12 @@
 """One token, or a few, through a whole layer: the CPU's kernel, and Triton's in its interpreter and on a GPU."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from cases import distances
+from interpreter import interpreted, run_interpreted
 from torch import Tensor
 
 from seqssm.kernels import mamba_chunk, mamba_step
-
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRET, reason="runs in a process of its own: see test_in_the_interpreter")
 
 
 def layer(b: int, d: int, e: int, n: int, r: int, k: int, biases: bool) -> dict[str, Tensor]:
@@ -56,14 +50,7 @@ def check(sizes: tuple, dtype: torch.dtype, device: str, tolerance: float) -> No
 
 
 def test_in_the_interpreter() -> None:
-    if INTERPRET:
-        pytest.skip("this is that process")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    result = subprocess.run(
-        command, env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
-    assert " passed" in result.stdout
+    run_interpreted(__file__)
 
 
 @interpreted

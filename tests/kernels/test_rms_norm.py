@@ -1,18 +1,13 @@
 """The fused norm: on the CPU in plain PyTorch and in Triton's interpreter, and on a GPU (``pytest -m gpu``)."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from cases import distances, fixed_randn
+from interpreter import interpreted, run_interpreted
 from torch import Tensor
 
 from seqssm.kernels import add_rms_norm
 
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRET, reason="runs in a process of its own: see test_in_the_interpreter")
 SHAPES = [(1, 1, 1), (2, 3, 5), (3, 70, 33), (1, 40, 128)]
 EPS = 1e-5
 
@@ -66,14 +61,7 @@ def test_bad_arguments_are_named() -> None:
 
 
 def test_in_the_interpreter() -> None:
-    if INTERPRET:
-        pytest.skip("this is that process")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    result = subprocess.run(
-        command, env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
-    assert " passed" in result.stdout
+    run_interpreted(__file__)
 
 
 @interpreted

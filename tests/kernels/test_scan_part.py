@@ -1,19 +1,15 @@
 """The Triton scan of parts of a sequence, handed from part to part: in the interpreter, and on a GPU."""
 
 import importlib
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from cases import ScanCase, assert_accurate, inputs_in, outputs_and_gradients
+from interpreter import interpreted, run_interpreted
 from torch import Tensor
 
 from seqssm.kernels.selective_scan.part import scan_part
 
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRET, reason="runs in a process of its own: see test_in_the_interpreter")
 CASES = {
     "plain": ScanCase(l=30, d=3, n=2, state=False),
     "packed-reverse": ScanCase(l=30, b=2, d=2, n=1, g=2, packed=5, reverse=True, strided=True, state=False),
@@ -22,14 +18,7 @@ CUTS = (0, 9, 12)  # parts shorter and longer than a segment
 
 
 def test_in_the_interpreter() -> None:
-    if INTERPRET:
-        pytest.skip("this is that process")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    result = subprocess.run(
-        command, env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
-    assert " passed" in result.stdout
+    run_interpreted(__file__)
 
 
 @interpreted

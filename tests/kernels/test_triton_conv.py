@@ -2,9 +2,6 @@
 
 import functools
 import importlib
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -18,12 +15,11 @@ from cases import (
     outputs_and_gradients,
     run,
 )
+from interpreter import interpreted, run_interpreted
 from torch import Tensor
 
 from seqssm.kernels import causal_conv1d, causal_conv1d_step
 
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRET, reason="runs in a process of its own: see test_in_the_interpreter")
 TINY = {  # segments of 16 tokens, tiles of 4
     "one-token": ConvCase(l=1, b=2, d=3),
     "shorter-than-kernel": ConvCase(l=2, d=3, reverse=True, packed=1),
@@ -36,14 +32,7 @@ TINY = {  # segments of 16 tokens, tiles of 4
 
 
 def test_in_the_interpreter() -> None:
-    if INTERPRET:
-        pytest.skip("this is that process")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    result = subprocess.run(
-        command, env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
-    assert " passed" in result.stdout
+    run_interpreted(__file__)
 
 
 @interpreted

@@ -2,9 +2,6 @@
 
 import functools
 import importlib
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -18,6 +15,7 @@ from cases import (
     outputs_and_gradients,
     run,
 )
+from interpreter import interpreted, run_interpreted
 from ptx import Warp
 from torch import Tensor
 
@@ -25,8 +23,6 @@ from seqssm.kernels import selective_scan, selective_scan_step
 from seqssm.kernels.launching import Launcher
 from seqssm.kernels.triton_tiles import sum_and_store_assembly
 
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRET, reason="runs in a process of its own: see test_in_the_interpreter")
 TINY = {  # chunks of 8 tokens, segments and tiles of 4
     "one-token": ScanCase(l=1, b=2, d=3, n=2, optional=False, state=False),
     "one-token-reverse": ScanCase(l=1, d=3, n=2, reverse=True),
@@ -39,14 +35,7 @@ TINY = {  # chunks of 8 tokens, segments and tiles of 4
 
 
 def test_in_the_interpreter() -> None:
-    if INTERPRET:
-        pytest.skip("this is that process")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    result = subprocess.run(
-        command, env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
-    assert " passed" in result.stdout
+    run_interpreted(__file__)
 
 
 @pytest.mark.parametrize(("count", "pack"), [(16, 2), (16, 1), (8, 1), (32, 1)])

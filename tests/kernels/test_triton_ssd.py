@@ -2,9 +2,6 @@
 
 import functools
 import importlib
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 
 import pytest
@@ -22,12 +19,11 @@ from cases import (
     run,
     yardstick,
 )
+from interpreter import interpreted, run_interpreted
 from torch import Tensor
 
 from seqssm.kernels import ssd, ssd_step
 
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRET, reason="runs in a process of its own: see test_in_the_interpreter")
 TIMED = ("x", "dt", "B", "C", "z")
 TINY = {  # chunks of 16 tokens, segments of 32, blocks of 16 channels, one segment a slab
     "one-token": SSDCase(l=1, b=2),
@@ -42,14 +38,7 @@ TINY = {  # chunks of 16 tokens, segments of 32, blocks of 16 channels, one segm
 
 
 def test_in_the_interpreter() -> None:
-    if INTERPRET:
-        pytest.skip("this is that process")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    result = subprocess.run(
-        command, env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
-    assert " passed" in result.stdout
+    run_interpreted(__file__)
 
 
 @pytest.fixture

@@ -1,18 +1,12 @@
 """A stack of Mamba blocks as one autograd function against the same blocks one by one."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+from interpreter import interpreted, run_interpreted
 from torch import Tensor, nn
 
 from seqssm.backbone import Backbone, BackboneConfig
 from seqssm.mixers import mamba_layer, mamba_stack
-
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRET, reason="runs in a process of its own: see test_in_the_interpreter")
 
 
 def make(backend: str = "torch", dtype: torch.dtype = torch.float64, **settings: object) -> Backbone:
@@ -136,14 +130,7 @@ def test_frozen_weights_get_no_gradient():
 
 
 def test_in_the_interpreter():
-    if INTERPRET:
-        pytest.skip("this is that process")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "triton"]
-    result = subprocess.run(
-        command, env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
-    assert " passed" in result.stdout
+    run_interpreted(__file__, "-k", "triton")
 
 
 @interpreted
