@@ -3,7 +3,6 @@
 import json
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -14,8 +13,6 @@ from served import (
     expected,
     health,
     make_service,
-    make_tagging,
-    make_task,
     rest,
     running,
     said,
@@ -34,23 +31,6 @@ from seqssm.tasks.asr import StreamingASR
 from seqssm.tasks.asr_stream import Transcriber
 from seqssm.tasks.tagging import AudioTagging
 from seqssm.tasks.transcripts import Result
-
-
-@pytest.fixture(scope="module")
-def task() -> StreamingASR:
-    return make_task()
-
-
-@pytest.fixture(scope="module")
-def tagging() -> AudioTagging:
-    return make_tagging()
-
-
-@pytest.fixture(scope="module")
-def url(task: StreamingASR) -> Iterator[str]:
-    with running(make_service(task)) as (url, _):
-        yield url
-
 
 # ---- text ------------------------------------------------------------------------------------------------------------
 

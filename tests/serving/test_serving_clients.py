@@ -4,7 +4,6 @@ import asyncio
 import socket
 import threading
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,8 +14,6 @@ from served import (
     expected,
     health,
     make_service,
-    make_tagging,
-    make_task,
     rest,
     running,
     said,
@@ -30,24 +27,6 @@ from websockets.sync.client import ClientConnection, connect
 from seqssm.serving.client import CROWDED, Client, Limits, Outbox
 from seqssm.serving.protocol import Message
 from seqssm.tasks.asr import StreamingASR
-from seqssm.tasks.tagging import AudioTagging
-
-
-@pytest.fixture(scope="module")
-def task() -> StreamingASR:
-    return make_task()
-
-
-@pytest.fixture(scope="module")
-def tagging() -> AudioTagging:
-    return make_tagging()
-
-
-@pytest.fixture(scope="module")
-def url(task: StreamingASR) -> Iterator[str]:
-    with running(make_service(task)) as (url, _):
-        yield url
-
 
 HELLO = '{"sample_rate": 8000}'
 F32 = '{"sample_rate": 8000, "encoding": "f32le"}'
