@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import seqssm
 from seqssm.errors import UserError
@@ -111,8 +111,12 @@ def shipped_configs() -> list[str]:
     return sorted(names)
 
 
-def find_config(name: str) -> str:
+def find_config(name: str, option: str = "--config") -> str:
     """Path of a config: a file as given, else one of the shipped ones.
+
+    Args:
+        name: as the user wrote it behind ``option``.
+        option: for the message.
 
     Raises:
         UserError: neither.
@@ -121,8 +125,32 @@ def find_config(name: str) -> str:
         return name
     shipped = resources.files("seqssm.configs").joinpath(f"{name.removesuffix('.yaml')}.yaml")
     if not shipped.is_file():
-        raise UserError(f"--config {name}: no such file, nor a shipped config ({', '.join(shipped_configs())})")
+        raise UserError(f"{option} {name}: no such file, nor a shipped config ({', '.join(shipped_configs())})")
     return str(shipped)
+
+
+def config_section(name: str, section: str, option: str) -> dict[str, Any]:
+    """A section of a config, which is given by path or by name.
+
+    Args:
+        name: as the user wrote it behind ``option``.
+        section: such as ``data``.
+        option: for messages.
+
+    Raises:
+        UserError: there is no such config, it is no YAML, or it has no such section.
+    """
+    import yaml
+
+    path = find_config(name, option)
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{option} {name} cannot be read as YAML: {' '.join(str(error).split())}") from error
+    found = content.get(section) if isinstance(content, dict) else None
+    if not isinstance(found, dict):
+        raise UserError(f"{option} {name} has no `{section}` section; name a config that seqssm fit could use")
+    return found
 
 
 def _resolve_configs(args: list[str]) -> list[str]:

@@ -149,7 +149,30 @@ BAD = {
     "tracks of nothing": (["classify", "missing.fa", "--checkpoint", "{ckpt}", "--tracks", "x"], "missing.fa does not"),
     "no checkpoint": (["classify", "missing.fa", "--checkpoint", "nowhere"], "nowhere: no such checkpoint"),
     "not a checkpoint": (["evaluate", "--checkpoint", "{config}"], "not a readable checkpoint"),
+    "no such data": (["evaluate", "--checkpoint", "{ckpt}", "--data", "nowhere"], "--data nowhere: no such file"),
+    "data of another task": (
+        ["evaluate", "--checkpoint", "{ckpt}", "--data", "tagging/folder"],
+        "--data tagging/folder is for AudioTaggingDataModule; the checkpoint's DNAClassification takes DNADataModule",
+    ),
 }
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("data: [1,\n", "cannot be read as YAML"),
+        ("model: 1\n", "has no `data` section"),
+        ("data: 3\n", "has no `data` section"),
+        ("data:\n  init_args: {}\n", "has no class_path, such as DNADataModule"),
+    ],
+)
+def test_bad_data_sections(
+    trained: Path, tmp_path: Path, content: str, message: str, capsys: pytest.CaptureFixture
+) -> None:
+    config = tmp_path / "data.yaml"
+    config.write_text(content)
+    assert main(["evaluate", "--checkpoint", checkpoint(trained), "--data", str(config)]) == 2
+    assert message in capsys.readouterr().err.strip().splitlines()[-1]
 
 
 @pytest.mark.parametrize(("args", "message"), BAD.values(), ids=BAD)

@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from seqssm.cli import config_section
 from seqssm.commands import evaluate_asr, evaluate_tagging
 from seqssm.commands.evaluate_synthetic import evaluate_synthetic, is_synthetic
 from seqssm.errors import UserError
@@ -73,14 +74,9 @@ def run(args: argparse.Namespace) -> None:
 
 def _network_for(data: str | None) -> type[Network]:
     """What kind of network the data of ``--data`` are for, to choose the shipped one."""
-    from seqssm.cli import find_config
-
-    if data is None or (not data.endswith((".yaml", ".yml")) and Path(data).exists()):
+    if data is None or evaluate_asr.is_recordings(data):
         return Network
-    import yaml
-
-    section = (yaml.safe_load(Path(find_config(data)).read_text()) or {}).get("data") or {}
-    kind = str(section.get("class_path", "")).rpartition(".")[2]
+    kind = str(config_section(data, "data", "--data").get("class_path", "")).rpartition(".")[2]
     kinds: dict[str, type[Network]] = {
         "DNADataModule": DNANetwork,
         "SimulatedGenomes": DNANetwork,
@@ -93,21 +89,21 @@ def _network_for(data: str | None) -> type[Network]:
 def build_datamodule(
     loaded: Loaded, config: str | None, batch_size: int | None, **changes: Any
 ) -> pl.LightningDataModule:
-    """The DataModule a checkpoint names, or the one of a config's ``data`` section, with some arguments changed."""
+    """The DataModule a checkpoint names, or the one of a config's ``data`` section, with some arguments changed.
+
+    Raises:
+        UserError: there is none, or it is not of the checkpoint's kind.
+    """
     from jsonargparse import ArgumentError, ArgumentParser
 
-    import seqssm.data.audio.datamodule  # makes the short class names known to the parser
-    import seqssm.data.dna.unlabelled
-    import seqssm.data.synthetic
-    import seqssm.data.synthetic_tasks  # noqa: F401
-    from seqssm.cli import find_config
+    import seqssm.data.dna.unlabelled  # makes the short class names known to the parser
+    import seqssm.data.synthetic  # noqa: F401
+    from seqssm.data.audio.datamodule import AudioTaggingDataModule
+    from seqssm.data.dna.datamodule import DNADataModule
+    from seqssm.data.synthetic_tasks import SyntheticDataModule
 
     if config is not None:
-        import yaml
-
-        section = (yaml.safe_load(Path(find_config(config)).read_text()) or {}).get("data")
-        if not section:
-            raise UserError(f"--data {config} has no `data` section; name a config that seqssm fit could use")
+        section = config_section(config, "data", "--data")
     elif loaded.data:
         section = loaded.data
     else:
@@ -118,12 +114,28 @@ def build_datamodule(
         # Statistics included: what the model was trained on, not what other data would give.
         changes["features"] = loaded.description["init_args"]["features"]
     section = {**section, "init_args": {**section.get("init_args", {}), **changes}}
+    task = task_class(loaded, str(loaded.description["task"]))
+    kind: type[pl.LightningDataModule] = SyntheticDataModule
+    if issubclass(task, DNANetwork | DNAPretraining):
+        kind = DNADataModule
+    elif issubclass(task, AudioTagging):
+        kind = AudioTaggingDataModule
+    if "class_path" not in section:
+        raise UserError(f"--data {config}: its `data` section has no class_path, such as {kind.__name__}")
+    own = [cls.__name__ for cls in _with_subclasses(kind)]
+    name = str(section["class_path"])
+    if "." not in name and name not in own:
+        raise UserError(f"--data {config} is for {name}; the checkpoint's {task.__name__} takes {', '.join(own)}")
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(pl.LightningDataModule, "data")
+    parser.add_subclass_arguments(kind, "data")
     try:
         return parser.instantiate_classes(parser.parse_object({"data": section})).data
     except ArgumentError as error:
         raise UserError(f"the data section does not fit: {' '.join(str(error.message).split())}") from error
+
+
+def _with_subclasses(cls: type) -> list[type]:
+    return [cls, *(found for one in cls.__subclasses__() for found in _with_subclasses(one))]
 
 
 def evaluate(

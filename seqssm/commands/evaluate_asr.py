@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from seqssm.cli import config_section
 from seqssm.commands.transcribe import add_decoding_arguments, add_stream_arguments, decoding_config, set_threads
 from seqssm.data.progress import progress_bar
 from seqssm.errors import UserError
@@ -95,6 +96,11 @@ def _gap(text: str) -> tuple[float, float]:
     return low, high
 
 
+def is_recordings(data: str) -> bool:
+    """Whether ``--data`` names a manifest or a folder, not a config."""
+    return Path(data).is_dir() or Path(data).suffix.lower() in (".tsv", ".csv", ".jsonl")
+
+
 def speech_data(loaded: Loaded, data: str | None) -> Any:
     """Data to score a checkpoint on, in its own written form, tokens and features.
 
@@ -103,18 +109,14 @@ def speech_data(loaded: Loaded, data: str | None) -> Any:
         data: a config with a `data` section, or a manifest or folder as SpeechDataModule's `path`; the training data
             by default.
     """
-    from seqssm.cli import find_config
     from seqssm.data.speech.datamodule import SpeechDataModule
 
-    if data is None or Path(data).is_dir() or Path(data).suffix.lower() in (".tsv", ".csv", ".jsonl"):
+    if data is None or is_recordings(data):
         settings = dict(loaded.data.get("init_args", {}))
         if data is not None:
             settings = {"path": data, "cache_dir": settings.get("cache_dir")}
     else:
-        import yaml
-
-        section = (yaml.safe_load(Path(find_config(data)).read_text()) or {}).get("data") or {}
-        settings = dict(section.get("init_args", {}))
+        settings = dict(config_section(data, "data", "--data").get("init_args", {}))
     if "path" not in settings:
         raise UserError(
             "there is no data to score on: give --data a manifest, a folder or a config with a data section"
