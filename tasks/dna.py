@@ -40,6 +40,8 @@ class DNAClassification(DNANetwork, Task):
             composition is then one linear layer away. 1 for bases alone.
         motif: add to each position a convolution so many bases wide over the one-hot bases, a bank of motifs; 0 for
             none.
+        motif_layers: so many convolutions of five positions after it, each added to its input: what stands near what, a
+            motif of motifs.
         patch: average the embeddings of so many neighbouring bases into one position of the backbone: long windows at
             a fraction of the cost, where the order of single bases matters less than composition. 1 for none.
         positions: learn a vector for each of so many places in a window, which then may not be longer. For windows that
@@ -74,6 +76,7 @@ class DNAClassification(DNANetwork, Task):
         backbone: BackboneConfig = BackboneConfig(),  # noqa: B008 - frozen
         kmer: int = 1,
         motif: int = 0,
+        motif_layers: int = 0,
         patch: int = 1,
         positions: int = 0,
         pooling: PoolingMode = "mean",
@@ -95,6 +98,7 @@ class DNAClassification(DNANetwork, Task):
             backbone,
             kmer=kmer,
             motif=motif,
+            motif_layers=motif_layers,
             patch=patch,
             positions=positions,
             pooling=pooling,

@@ -22,6 +22,7 @@ class SequenceEmbedding(nn.Module):
         d_model: width d of the vectors.
         kmer: add a vector for the k-mer that ends at each position, read along the strand; 1 for bases alone.
         motif: add a convolution so many bases wide over the one-hot bases; 0 for none.
+        motif_layers: add so many convolutions of what stands near each other, one after another: motifs of motifs.
         patch: average so many neighbouring positions into one; 1 for none.
         positions: add a vector for each of so many places in the sequence, which then is no longer; 0 for none.
         causal: the convolution sees no later base, else it is centred.
@@ -37,9 +38,10 @@ class SequenceEmbedding(nn.Module):
         positions: int = 0,
         causal: bool = False,
         standardize: bool = False,
+        motif_layers: int = 0,
     ) -> None:
         super().__init__()
-        self.kmer, self.patch = kmer, patch
+        self.kmer, self.patch, self.causal = kmer, patch, causal
         self.bases = nn.Embedding(VOCABULARY_SIZE, d_model)
         nn.init.normal_(self.bases.weight, std=0.02)
         if kmer > 1:
@@ -50,6 +52,7 @@ class SequenceEmbedding(nn.Module):
         self.places = nn.Parameter(torch.zeros(positions, d_model)) if positions else None
         self.motifs = nn.Conv1d(4, d_model, motif, bias=False) if motif else None
         self.before = 0 if not motif else motif - 1 if causal else motif // 2  # positions of a motif before its own
+        self.combinations = nn.ModuleList(MotifCombination(d_model, causal) for _ in range(motif_layers))
 
     def forward(self, tokens: Tensor, lengths: Tensor, other_strand: bool = False) -> Tensor:
         """Embed sequences.
@@ -72,6 +75,10 @@ class SequenceEmbedding(nn.Module):
             x = x + self._average(self.kmers, kmer_ids(tokens, self.kmer, reverse=other_strand), lengths)
         if self.motifs is not None:
             x = x + self._motifs(tokens, other_strand)
+        if self.combinations:
+            real = (torch.arange(x.shape[1], device=x.device) < lengths[:, None])[..., None]
+            for combination in self.combinations:
+                x = combination(x, real, other_strand)
         if self.norm is not None:
             real = torch.arange(x.shape[1], device=x.device) < -(-lengths // self.patch)[:, None]
             x = torch.zeros_like(x).masked_scatter(real[..., None], self.norm(x[real]))
@@ -129,7 +136,9 @@ class SequenceEmbedding(nn.Module):
     def reach(self) -> tuple[int, int]:
         """Bases before and behind its own, along the strand, that a position's vector depends on."""
         behind = 0 if self.motifs is None else self.motifs.kernel_size[0] - 1 - self.before
-        return max(self.kmer - 1, self.before), behind
+        combined = [combination.reach for combination in self.combinations]
+        before = max(self.kmer - 1, self.before) + sum(one for one, _ in combined)
+        return before, behind + sum(other for _, other in combined)
 
     def _places(self, length: int, lengths: Tensor, reverse: bool) -> Tensor:
         """(1 or b, l, d)"""
@@ -173,6 +182,28 @@ class SequenceEmbedding(nn.Module):
             padding_idx=embedding.padding_idx,
         )
         return bags.view(batch, patches, -1)
+
+
+class MotifCombination(nn.Module):
+    """x + conv(gelu(norm(x))): what stands near each other, in which order and at which distance.
+
+    Args:
+        d_model: width d.
+        causal: see no later position, else as many on either side.
+        width: positions that are seen.
+    """
+
+    def __init__(self, d_model: int, causal: bool, width: int = 5) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(d_model, eps=1e-5)
+        self.convolution = nn.Conv1d(d_model, d_model, width)
+        self.reach = (width - 1, 0) if causal else (width // 2, width - 1 - width // 2)
+
+    def forward(self, x: Tensor, real: Tensor, reverse: bool = False) -> Tensor:
+        """(b, l, d) to the same; real (b, l, 1) says what is no padding, ``reverse`` to read from right to left."""
+        seen = F.gelu(self.norm(x)).masked_fill(~real, 0).mT  # (b, d, l)
+        seen = self.convolution(F.pad(seen.flip(-1) if reverse else seen, self.reach))
+        return x + (seen.flip(-1) if reverse else seen).mT
 
 
 class Pooling(nn.Module):

@@ -47,6 +47,7 @@ class DNANetwork(Network):
         backbone: BackboneConfig = BackboneConfig(),  # noqa: B008 - frozen
         kmer: int = 1,
         motif: int = 0,
+        motif_layers: int = 0,
         patch: int = 1,
         positions: int = 0,
         pooling: PoolingMode = "mean",
@@ -65,6 +66,7 @@ class DNANetwork(Network):
             labels=list(labels),
             kmer=kmer,
             motif=motif,
+            motif_layers=motif_layers,
             patch=patch,
             positions=positions,
             pooling=pooling,
@@ -88,15 +90,17 @@ class DNANetwork(Network):
             raise UserError(
                 "model.patch must be 1 with backbone.reverse_complement: patches of the strands do not align"
             )
-        if patch > 1 and (motif or positions):
-            raise UserError("model.motif and model.positions must be 0 with model.patch: its positions are means")
+        if patch > 1 and (motif or motif_layers or positions):
+            raise UserError(
+                "model.motif, model.motif_layers and model.positions must be 0 with model.patch: its positions are means"
+            )
         if pooling == "last" and pool_bins > 1:
             raise UserError("model.pool_bins must be 1 with model.pooling last: there is one last position")
         self.backbone = Backbone(config)
         if chunk_length:
             self._check_chunks(positions, standardize)
         self.embedding = SequenceEmbedding(
-            config.d_model, kmer, motif, patch, positions, self.backbone.causal, standardize
+            config.d_model, kmer, motif, patch, positions, self.backbone.causal, standardize, motif_layers
         )
         self.pooling = Pooling(pooling, pool_bins, strands=config.reverse_complement)
         width = self.pooling.width * config.d_model

@@ -64,8 +64,7 @@ def embed_part(
 ) -> Tensor:
     """Positions ``start`` to ``end`` of what the embedding makes of the whole sequences: (b, end - start, d)."""
     patch = embedding.patch
-    width = embedding.motifs.kernel_size[0] if embedding.motifs is not None else 1
-    margin = -(-(max(embedding.kmer, width) - 1) // patch)  # positions on either side that the part looks at
+    margin = -(-max(embedding.reach) // patch)  # positions on either side that the part looks at
     first = max(0, start - margin)
     seen = tokens[:, first * patch : (end + margin) * patch]
     x = embedding(seen, (lengths - first * patch).clamp(0, seen.shape[1]), other_strand)

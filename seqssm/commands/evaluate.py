@@ -5,21 +5,20 @@ from __future__ import annotations
 import argparse
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-import lightning.pytorch as pl
+from typing import TYPE_CHECKING, Any
 
 from seqssm.cli import config_section
-from seqssm.commands import evaluate_asr, evaluate_tagging
-from seqssm.commands.evaluate_synthetic import evaluate_synthetic, is_synthetic
+from seqssm.commands.transcribe import add_decoding_arguments, add_stream_arguments
 from seqssm.errors import UserError
 from seqssm.tasks.asr_network import ASRNetwork
-from seqssm.tasks.base import Loaded, read_checkpoint, task_class
 from seqssm.tasks.dna_network import DNANetwork
-from seqssm.tasks.network import Network, add_checkpoint_argument, checkpoint_or_default
-from seqssm.tasks.pretraining import DNAPretraining
-from seqssm.tasks.tagging import AudioTagging
+from seqssm.tasks.network import Loaded, Network, add_checkpoint_argument, checkpoint_or_default
 from seqssm.tasks.tagging_network import TaggingNetwork
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+
+# What trains imports Lightning, which takes longer than to print the help: imported where it is called.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,11 +36,50 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, help="windows or clips a forward pass; default: as trained")
     parser.add_argument("--device", default="auto", help="a Lightning accelerator: auto, cpu or cuda")
     parser.add_argument("--seed", type=int, default=0, help="of the baselines and the bootstrap (default: 0)")
-    evaluate_tagging.add_arguments(parser)
-    evaluate_asr.add_arguments(parser)
+    _add_tagger_arguments(parser)
+    _add_recogniser_arguments(parser)
+
+
+def _add_tagger_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those that a tagger takes beside the ones of every task."""
+    group = parser.add_argument_group("audio taggers")
+    group.add_argument("--epochs", type=int, help="of the CNN baseline; default: as many as the model's")
+    probes = parser.add_argument_group("audio taggers, in place of the evaluation")
+    probes.add_argument(
+        "--lengths",
+        help="scores against the length: of what is heard, such as 1,5,30 s; of DNA, 2^13,2^20 bases; of a synthetic "
+        "task, 2^8,2^20 tokens",
+    )
+    probes.add_argument("--needle", metavar="CLASS", help="hide a clip of this class in an hour of others, and find it")
+    probes.add_argument("--needle-s", type=float, default=3600.0, help="seconds of the whole (default: 3600)")
+    probes.add_argument("--needle-count", type=int, default=1, help="clips to hide, one after another (default: 1)")
+    probes.add_argument("--background", help="classes of the others, between commas; default: all others")
+
+
+def _add_recogniser_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those that a recogniser takes beside the ones of every task."""
+    add_stream_arguments(parser)
+    add_decoding_arguments(parser)
+    group = parser.add_argument_group("speech recognisers")
+    group.add_argument("--packet-ms", type=float, default=100.0, help="sound is sent in such packets (default: 100)")
+    group.add_argument(
+        "--packets", help="check that packets of so many samples, such as 1,160,160000, give the same bytes"
+    )
+    group.add_argument("--aligner", help="a checkpoint to align words by; default: the one that is scored, offline")
+    group.add_argument("--stream-minutes", type=float, help="also score one stream of so many minutes of the split")
+    group.add_argument("--stretch-minutes", type=float, default=10.0, help="of it, to score apart (default: 10)")
+    group.add_argument(
+        "--gap-s", default="0.5,2", help="least and greatest gap between its utterances (default: 0.5,2)"
+    )
+    group.add_argument("--sessions", type=int, help="also serve so many live clients at once, and report their latency")
+    group.add_argument("--sessions-s", type=float, default=30.0, help="that each of them speaks (default: 30)")
 
 
 def run(args: argparse.Namespace) -> None:
+    from seqssm.commands import evaluate_asr, evaluate_tagging
+    from seqssm.commands.evaluate_synthetic import evaluate_synthetic, is_synthetic
+    from seqssm.tasks.base import read_checkpoint, task_class
+
     args.checkpoint = checkpoint_or_default(args.checkpoint, _network_for(args.data))
     loaded = read_checkpoint(args.checkpoint)
     if evaluate_asr.is_asr(loaded):
@@ -74,6 +112,8 @@ def run(args: argparse.Namespace) -> None:
 
 def _network_for(data: str | None) -> type[Network]:
     """What kind of network the data of ``--data`` are for, to choose the shipped one."""
+    from seqssm.commands import evaluate_asr
+
     if data is None or evaluate_asr.is_recordings(data):
         return Network
     kind = str(config_section(data, "data", "--data").get("class_path", "")).rpartition(".")[2]
@@ -94,6 +134,7 @@ def build_datamodule(
     Raises:
         UserError: there is none, or it is not of the checkpoint's kind.
     """
+    import lightning.pytorch as pl
     from jsonargparse import ArgumentError, ArgumentParser
 
     import seqssm.data.dna.unlabelled  # makes the short class names known to the parser
@@ -101,6 +142,9 @@ def build_datamodule(
     from seqssm.data.audio.datamodule import AudioTaggingDataModule
     from seqssm.data.dna.datamodule import DNADataModule
     from seqssm.data.synthetic_tasks import SyntheticDataModule
+    from seqssm.tasks.base import task_class
+    from seqssm.tasks.pretraining import DNAPretraining
+    from seqssm.tasks.tagging import AudioTagging
 
     if config is not None:
         section = config_section(config, "data", "--data")
@@ -164,6 +208,11 @@ def evaluate(
         command: what the user typed, for the report.
         epochs: of an audio tagger's CNN baseline; None for as many as the model's.
     """
+    from seqssm.commands import evaluate_asr, evaluate_tagging
+    from seqssm.tasks.base import read_checkpoint, task_class
+    from seqssm.tasks.pretraining import DNAPretraining
+    from seqssm.tasks.tagging import AudioTagging
+
     loaded = read_checkpoint(checkpoint)
     arguments: dict[str, Any] = {
         "datamodule": datamodule,

@@ -34,25 +34,6 @@ def is_asr(loaded: Loaded) -> bool:
     return loaded.description["task"] == class_path(StreamingASR)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Those that a recogniser takes beside the ones of every task."""
-    add_stream_arguments(parser)
-    add_decoding_arguments(parser)
-    group = parser.add_argument_group("speech recognisers")
-    group.add_argument("--packet-ms", type=float, default=100.0, help="sound is sent in such packets (default: 100)")
-    group.add_argument(
-        "--packets", help="check that packets of so many samples, such as 1,160,160000, give the same bytes"
-    )
-    group.add_argument("--aligner", help="a checkpoint to align words by; default: the one that is scored, offline")
-    group.add_argument("--stream-minutes", type=float, help="also score one stream of so many minutes of the split")
-    group.add_argument("--stretch-minutes", type=float, default=10.0, help="of it, to score apart (default: 10)")
-    group.add_argument(
-        "--gap-s", default="0.5,2", help="least and greatest gap between its utterances (default: 0.5,2)"
-    )
-    group.add_argument("--sessions", type=int, help="also serve so many live clients at once, and report their latency")
-    group.add_argument("--sessions-s", type=float, default=30.0, help="that each of them speaks (default: 30)")
-
-
 def run(loaded: Loaded, args: argparse.Namespace) -> None:
     """`seqssm evaluate` of a recogniser."""
     set_threads(args)

@@ -18,22 +18,6 @@ from seqssm.tasks.tagging import AudioTagging
 DEFAULT_EPOCHS = 30
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Those that a tagger takes beside the ones of every task."""
-    group = parser.add_argument_group("audio taggers")
-    group.add_argument("--epochs", type=int, help="of the CNN baseline; default: as many as the model's")
-    probes = parser.add_argument_group("audio taggers, in place of the evaluation")
-    probes.add_argument(
-        "--lengths",
-        help="scores against the length: of what is heard, such as 1,5,30 s; of DNA, 2^13,2^20 bases; of a synthetic "
-        "task, 2^8,2^20 tokens",
-    )
-    probes.add_argument("--needle", metavar="CLASS", help="hide a clip of this class in an hour of others, and find it")
-    probes.add_argument("--needle-s", type=float, default=3600.0, help="seconds of the whole (default: 3600)")
-    probes.add_argument("--needle-count", type=int, default=1, help="clips to hide, one after another (default: 1)")
-    probes.add_argument("--background", help="classes of the others, between commas; default: all others")
-
-
 def evaluate_tagging(
     loaded: Loaded,
     checkpoint: str,
