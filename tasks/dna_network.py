@@ -92,7 +92,8 @@ class DNANetwork(Network):
             )
         if patch > 1 and (motif or motif_layers or positions):
             raise UserError(
-                "model.motif, model.motif_layers and model.positions must be 0 with model.patch: its positions are means"
+                "model.motif, model.motif_layers and model.positions must be 0 with model.patch: "
+                "its positions are means"
             )
         if pooling == "last" and pool_bins > 1:
             raise UserError("model.pool_bins must be 1 with model.pooling last: there is one last position")

@@ -15,6 +15,8 @@ from seqssm.data.loading import shuffled_rounds
 from seqssm.errors import UserError
 
 MAX_DRAWS = 200
+MANY_BP = 4096
+"""Longer windows are read one by one: there, what it costs to find them no longer matters."""
 LOWER_CASE_BIT = 0x20  # of ASCII letters
 
 
@@ -120,12 +122,27 @@ class WindowDataset(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         return _read(self.library, self.windows, index, False, self.case)
 
+    def __getitems__(self, indices: list[int]) -> list[Sample]:
+        """Several at once, as the loaders ask for a batch."""
+        at = np.asarray(indices)
+        return _read_rows(self.library, self.windows, at, np.zeros(len(at), bool), self.case)
+
 
 def _read(library: Library, windows: Windows, at: int, flip: bool, case: bool) -> Sample:
     start_bp = int(windows.start_bp[at])
     letters = library.letters(int(windows.record_id[at]), start_bp, start_bp + int(windows.length[at]))
     lower = (letters & LOWER_CASE_BIT) != 0 if case else None
     return Sample(ENCODE[letters], int(windows.label[at]), flip, lower)
+
+
+def _read_rows(library: Library, windows: Windows, at: np.ndarray, flip: np.ndarray, case: bool) -> list[Sample]:
+    """What :func:`_read` gives for each of the windows ``at`` (n,); much faster for many short ones of one length."""
+    lengths = windows.length[at]
+    if case or len(at) < 2 or lengths.min() < lengths.max() or lengths[0] > MANY_BP:
+        return [_read(library, windows, int(one), bool(turn), case) for one, turn in zip(at, flip, strict=True)]
+    rows = library.token_rows(windows.record_id[at], windows.start_bp[at], int(lengths[0]))
+    labels = windows.label[at].tolist()
+    return [Sample(row, label, turn) for row, label, turn in zip(rows, labels, flip.tolist(), strict=True)]
 
 
 class TrainingDataset(Dataset[Sample]):
@@ -169,11 +186,22 @@ class TrainingDataset(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         epoch, at = divmod(index, self.windows_per_epoch)
+        windows, flip = self._draw_once(epoch)
+        return _read(self.library, windows, at, bool(flip[at]), self.case)
+
+    def __getitems__(self, indices: list[int]) -> list[Sample]:
+        """Several at once, as the loaders ask for a batch."""
+        epoch, at = np.divmod(np.asarray(indices), self.windows_per_epoch)
+        if (epoch != epoch[0]).any():
+            return [self[index] for index in indices]
+        windows, flip = self._draw_once(int(epoch[0]))
+        return _read_rows(self.library, windows, at, flip[at], self.case)
+
+    def _draw_once(self, epoch: int) -> tuple[Windows, np.ndarray]:
         if epoch != self._epoch:
             self._drawn = self.draw(epoch)
             self._epoch = epoch
-        windows, flip = self._drawn
-        return _read(self.library, windows, at, bool(flip[at]), self.case)
+        return self._drawn
 
     def draw(self, epoch: int) -> tuple[Windows, np.ndarray]:
         """The epoch's windows in training order, and which of them are read from the other strand (w,) bool."""

@@ -134,7 +134,6 @@ def build_datamodule(
     Raises:
         UserError: there is none, or it is not of the checkpoint's kind.
     """
-    import lightning.pytorch as pl
     from jsonargparse import ArgumentError, ArgumentParser
 
     import seqssm.data.dna.unlabelled  # makes the short class names known to the parser

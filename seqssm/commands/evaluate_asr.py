@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from seqssm.cli import config_section
-from seqssm.commands.transcribe import add_decoding_arguments, add_stream_arguments, decoding_config, set_threads
+from seqssm.commands.transcribe import decoding_config, set_threads
 from seqssm.data.progress import progress_bar
 from seqssm.errors import UserError
 from seqssm.files import atomic_write

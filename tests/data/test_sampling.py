@@ -111,6 +111,21 @@ def test_items_depend_on_seed_and_index_alone(training: Callable[..., TrainingDa
     assert 60 < sum(forward[i].flip for i in range(200)) < 140
 
 
+@pytest.mark.parametrize("case", [False, True])
+def test_a_batch_read_at_once_holds_what_its_items_hold(training: Callable[..., TrainingDataset], case: bool) -> None:
+    one, many = (training(windows_per_epoch=10, rc_probability=0.5, case=case) for _ in range(2))
+    for indices in ([3, 0, 7, 7], [12], [8, 9, 10, 11]):  # the last from two epochs
+        for alone, together in zip([one[i] for i in indices], many.__getitems__(indices), strict=True):
+            np.testing.assert_array_equal(alone.tokens, together.tokens)
+            assert (alone.label, alone.flip, alone.lower is None) == (together.label, together.flip, not case)
+    library, regions = make(["ACGTA", "ACG", "GGGTT"], [0, 1, 2])  # of two lengths
+    dataset = WindowDataset(library, regions)
+    for indices in ([2, 1, 0], [2, 0]):
+        for i, together in zip(indices, dataset.__getitems__(indices), strict=True):
+            np.testing.assert_array_equal(dataset[i].tokens, together.tokens)
+            assert dataset[i].label == together.label
+
+
 def test_fixed_windows_come_once_before_any_comes_again(training: Callable[..., TrainingDataset]) -> None:
     library = training().library
     regions = grid_windows(training().candidates, 100, None, None)  # 50 + 50 + 3 windows

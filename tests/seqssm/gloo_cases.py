@@ -40,7 +40,7 @@ FUSED = {
 }
 BACKBONES["mixed"] = {"pattern": "m2s", "mlp_ratio": 1.5, "checkpoint_activations": True, "bidirectional": "tied"}
 CLASSIFIERS = {
-    "mean": {"kmer": 3, "motif": 5},
+    "mean": {"kmer": 3, "motif": 5, "motif_layers": 1},
     "last": {"pooling": "last", "causal": True},
     "max-patch": {"pooling": "max", "patch": 4, "kmer": 5},
     "mean-max-bins": {"pooling": "mean_max", "pool_bins": 3},

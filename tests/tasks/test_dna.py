@@ -51,6 +51,7 @@ POOLINGS = {
     "mean": {"pooling": "mean"},
     "last": {"pooling": "last"},
     "bins": {"pooling": "mean_max", "pool_bins": 3, "motif": 5, "positions": 64},
+    "motif layers": {"pooling": "mean_max", "motif": 6, "motif_layers": 2},
 }
 
 

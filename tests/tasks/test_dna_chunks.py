@@ -46,7 +46,7 @@ def random_batch(lengths: list[int], seed: int = 0) -> DNABatch:
     [
         {"pooling": "mean"},
         {"pooling": "max", "kmer": 3},
-        {"pooling": "last", "motif": 7},
+        {"pooling": "last", "motif": 7, "motif_layers": 2},
         {"pooling": "mean_max", "pool_bins": 3, "kmer": 9, "motif": 3},
         {"pooling": "mean_max", "patch": 2, "kmer": 4},
     ],

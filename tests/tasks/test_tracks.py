@@ -23,7 +23,7 @@ MODELS = {
     "causal": {"kmer": 3},
     "causal, one strand": {"motif": 4, "pooling": "mean_max", "average_strands": False},
     "last": {"pooling": "last"},
-    "two-way": {"bidirectional": "tied", "kmer": 3, "motif": 5, "pooling": "mean_max"},
+    "two-way": {"bidirectional": "tied", "kmer": 3, "motif": 5, "motif_layers": 2, "pooling": "mean_max"},
     "strands": {"bidirectional": "tied", "reverse_complement": True, "kmer": 3, "pooling": "mean_max"},
     "composition": {"composition": 3, "average_strands": False},
     "patches": {"bidirectional": "tied", "kmer": 3, "patch": 4, "standardize": True, "pooling": "max"},
