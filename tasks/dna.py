@@ -55,6 +55,8 @@ class DNAClassification(DNANetwork, Task):
         composition: add the logits of a logistic regression on the shares of k-mers of so many bases. It is fitted on
             the training windows before the first step, its penalty chosen on the validation windows, and stays as it
             is: the network learns what composition alone leaves over. 0 for none.
+        composition_only: answer by that regression alone: the network is neither trained nor run, and one batch of one
+            epoch is all that the training needs (``trainer.limit_train_batches: 1``).
         head_dropout: dropout of the pooled vector.
         label_smoothing: share of the target spread evenly over the classes.
         class_weights: one weight a class, ``balanced`` (inverse frequency in the training windows), or none.
@@ -83,6 +85,7 @@ class DNAClassification(DNANetwork, Task):
         pool_bins: int = 1,
         standardize: bool = False,
         composition: int = 0,
+        composition_only: bool = False,
         head_dropout: float = 0.0,
         label_smoothing: float = 0.0,
         class_weights: list[float] | Literal["balanced"] | None = None,
@@ -105,6 +108,7 @@ class DNAClassification(DNANetwork, Task):
             pool_bins=pool_bins,
             standardize=standardize,
             composition=composition,
+            composition_only=composition_only,
             head_dropout=head_dropout,
             average_strands=average_strands,
             chunk_length=chunk_length,
@@ -177,7 +181,12 @@ class DNAClassification(DNANetwork, Task):
         loss, strength = regression.settings["validation_log_loss"], regression.settings["C"]
         rank_zero_info(f"{composition.k}-mer regression: C {strength:g}, log loss on validation {loss:.4f}")
 
-    def training_step(self, batch: DNABatch, batch_idx: int) -> Tensor:
+    def configure_optimizers(self) -> Any:
+        return None if self.composition_only else super().configure_optimizers()
+
+    def training_step(self, batch: DNABatch, batch_idx: int) -> Tensor | None:
+        if self.composition_only:  # fitted in on_fit_start
+            return None
         logits = self(batch.tokens, batch.lengths)
         loss = F.cross_entropy(logits, batch.labels, weight=self.class_weight, label_smoothing=self.label_smoothing)
         self.log("train_loss", loss, prog_bar=True, batch_size=len(batch.labels))

@@ -54,6 +54,7 @@ class DNANetwork(Network):
         pool_bins: int = 1,
         standardize: bool = False,
         composition: int = 0,
+        composition_only: bool = False,
         head_dropout: float = 0.0,
         average_strands: bool = True,
         chunk_length: int = 0,
@@ -73,6 +74,7 @@ class DNANetwork(Network):
             pool_bins=pool_bins,
             standardize=standardize,
             composition=composition,
+            composition_only=composition_only,
             head_dropout=head_dropout,
             average_strands=average_strands,
             chunk_length=chunk_length,
@@ -109,7 +111,10 @@ class DNANetwork(Network):
         self.head = nn.Sequential(nn.Dropout(head_dropout), nn.Linear(width, len(labels)))
         if not 0 <= composition <= 8:
             raise UserError(f"model.composition is {composition}: it must be 1 to 8 bases, or 0 for none")
+        if composition_only and not composition:
+            raise UserError("model.composition_only needs model.composition, the length of the k-mers that answer")
         self.composition = Composition(composition, len(labels)) if composition else None
+        self.composition_only = composition_only
         if composition:  # what the network adds to it starts from nothing
             nn.init.zeros_(self.head[1].weight)  # type: ignore[arg-type]
             nn.init.zeros_(self.head[1].bias)  # type: ignore[arg-type]
@@ -124,6 +129,8 @@ class DNANetwork(Network):
         Returns:
             (b, c) float32 logits. Padding and neighbours in the batch do not change them.
         """
+        if self.composition is not None and self.composition_only:
+            return self.composition(tokens, lengths)
         logits = self.score(self.pool(tokens, lengths))
         return logits if self.composition is None else logits + self.composition(tokens, lengths)
 
@@ -179,6 +186,8 @@ class DNANetwork(Network):
 
     def score(self, pooled: Tensor) -> Tensor:
         """(b, width · d) pooled vectors to (b, c) logits, never in 16 bit; without those of ``composition``."""
+        if self.composition_only:
+            return pooled.new_zeros(len(pooled), len(self.labels), dtype=torch.float32)
         with torch.autocast(device_type=pooled.device.type, enabled=False):
             return self.head(self.standardize(pooled))
 

@@ -6,12 +6,14 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from seqssm.backbone import BackboneConfig, MixerSpec
 from seqssm.data import DNADataModule
 from seqssm.data.dna.alphabet import PAD
 from seqssm.errors import UserError
 from seqssm.tasks import composition as module
+from seqssm.tasks.averaging import RunningAverage
 from seqssm.tasks.base import OptimizerConfig, load_task
 from seqssm.tasks.baselines import CompositionRegression, Windows
 from seqssm.tasks.composition import Composition
@@ -110,7 +112,41 @@ def test_it_is_fitted_before_the_first_step_and_not_again(tmp_path: Path) -> Non
     torch.testing.assert_close(resumed.composition.bias, expected.bias + 1.0)
 
 
+def test_alone_it_needs_no_network(tmp_path: Path) -> None:
+    data = DNADataModule(str(table(tmp_path / "data.csv")), batch_size=16, index_dir=str(tmp_path))
+    task = make_task(composition_only=True)
+    untouched = {name: weight.clone() for name, weight in task.named_parameters()}
+    saving = ModelCheckpoint(tmp_path, monitor="val_mcc", mode="max", filename="best")
+    training = pl.Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        limit_train_batches=1,
+        gradient_clip_val=1.0,
+        num_sanity_val_steps=0,
+        logger=False,
+        callbacks=[saving, RunningAverage(0.9)],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    training.fit(task, data)
+    loaded = load_task(tmp_path / "best.ckpt", DNAClassification)  # of the running average, which has the table, too
+    regression = CompositionRegression("k-mers", [(3,)], 2).fit(
+        Windows.read(data.grid("train")), Windows.read(data.grid("val"))
+    )
+    test = Windows.read(data.grid("test"))
+    batch = next(iter(data.test_dataloader()))
+    torch.nn.init.normal_(loaded.head[1].weight)  # not asked
+    with torch.no_grad():
+        found = loaded.predict_proba(batch.tokens, batch.lengths)
+    np.testing.assert_allclose(found, regression.predict_proba(test)[: len(found)], atol=1e-5)
+    torch.testing.assert_close(loaded.score(torch.ones(2, 8)), torch.zeros(2, 2))  # tracks and variants ask this
+    for name, weight in task.named_parameters():
+        assert torch.equal(weight, untouched[name]), name
+
+
 def test_refusals(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"model\.composition_only needs model\.composition"):
+        DNAClassification(["a", "b"], composition_only=True)
     with pytest.raises(UserError, match=r"model\.composition is 9: it must be 1 to 8"):
         DNAClassification(["a", "b"], composition=9)
     (tmp_path / "data.csv").write_text(table(tmp_path / "all.csv").read_text().replace(",val", ",test"))
