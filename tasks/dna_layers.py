@@ -234,20 +234,37 @@ class Pooling(nn.Module):
         if self.mode == "last":
             last = torch.zeros_like(lengths) if from_end else lengths - 1
             return y[torch.arange(len(y), device=y.device), last].to(wide)
-        position = torch.arange(y.shape[1], device=y.device)[None]  # (1, l)
-        real = position < lengths[:, None]  # (b, l)
-        if self.bins == 1 and bool(real.all()):
-            part: list[Tensor | None] = [None]
-        else:
-            along = lengths[:, None] - 1 - position if from_end else position
-            number = (along * self.bins).div(lengths[:, None], rounding_mode="floor")
-            part = [real & (number == i) for i in range(self.bins)]
+        if self.bins > 1:
+            return self._pool_bins(y, lengths, from_end, wide)
+        real = torch.arange(y.shape[1], device=y.device) < lengths[:, None]  # (b, l)
+        members = None if bool(real.all()) else real
         pooled = []
         if self.mode != "max":
-            pooled += [self._mean(y, members, wide) for members in part]
+            pooled.append(self._mean(y, members, wide))
         if self.mode != "mean":
-            pooled += [self._max(y, members).to(wide) for members in part]
+            pooled.append(self._max(y, members).to(wide))
         return torch.cat(pooled, dim=-1)
+
+    def _pool_bins(self, y: Tensor, lengths: Tensor, from_end: bool, wide: torch.dtype) -> Tensor:
+        """All bins at once, each as wide as the widest can be: a few kernels, however many bins there are."""
+        edges = self._edges(lengths)  # (b, bins + 1)
+        widest = -(-y.shape[1] // self.bins)
+        along = edges[:, :-1, None] + torch.arange(widest, device=y.device)  # (b, bins, widest)
+        inside = (along < edges[:, 1:, None])[..., None]
+        position = lengths[:, None, None] - 1 - along if from_end else along
+        rows = torch.arange(len(y), device=y.device)[:, None, None]
+        parts = y[rows, position.clamp(0, y.shape[1] - 1)]  # (b, bins, widest, d)
+        count = edges.diff(dim=1)[..., None]
+        pooled = []
+        if self.mode != "max":
+            pooled.append(parts.masked_fill(~inside, 0).sum(2, dtype=wide) / count.clamp(min=1))
+        if self.mode != "mean":
+            pooled.append(parts.masked_fill(~inside, -torch.inf).amax(2).masked_fill(count == 0, 0).to(wide))
+        return torch.cat(pooled, dim=1).flatten(1)
+
+    def _edges(self, lengths: Tensor) -> Tensor:
+        """(b, bins + 1): bin i takes positions edge i to edge i + 1."""
+        return -(-torch.arange(self.bins + 1, device=lengths.device) * lengths[:, None] // self.bins)
 
     # ---- chunk by chunk, for one strand ----------------------------------------------------------------------------
 
@@ -302,8 +319,7 @@ class Pooling(nn.Module):
         """(b, width * d), as :meth:`forward` gives it."""
         if self.mode == "last":
             return gathered["last"]
-        edges = -(-torch.arange(self.bins + 1, device=lengths.device) * lengths[:, None] // self.bins)  # (b, bins + 1)
-        count = edges.diff(dim=1)[..., None]
+        count = self._edges(lengths).diff(dim=1)[..., None]
         pooled = []
         if "sum" in gathered:
             pooled.append((gathered["sum"] / count.clamp(min=1)).to(dtype))
