@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any, Literal
 
@@ -182,7 +183,15 @@ class DNAClassification(DNANetwork, Task):
         rank_zero_info(f"{composition.k}-mer regression: C {strength:g}, log loss on validation {loss:.4f}")
 
     def configure_optimizers(self) -> Any:
-        return None if self.composition_only else super().configure_optimizers()
+        if not self.composition_only:
+            return super().configure_optimizers()
+        for said in (
+            "`LightningModule.configure_optimizers` returned",
+            "`training_step` returned `None`",
+            "`parameters` is",
+        ):
+            warnings.filterwarnings("ignore", message=said)  # on purpose: there is nothing to train
+        return None
 
     def training_step(self, batch: DNABatch, batch_idx: int) -> Tensor | None:
         if self.composition_only:  # fitted in on_fit_start
