@@ -45,6 +45,7 @@ def fit_scaling(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -
 @torch.no_grad()
 def rescale(network: DNANetwork, scale: float, bias: Tensor) -> None:
     """Have a network's logits be scale · logits + bias (c,) from now on."""
+    network.check_single()
     last = network.head[-1]
     assert isinstance(last, nn.Linear)
     last.weight.mul_(scale)

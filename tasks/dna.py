@@ -67,6 +67,8 @@ class DNAClassification(DNANetwork, Task):
         chunk_offload: keep what crosses the borders between chunks in the memory of the host.
         chunk_kept: how many chunks of a window, its last ones, keep their activations instead of being run a second
             time in the backward pass: faster, where memory allows. The first of them costs none.
+        members: train so many networks, each by itself on the same batches, and answer with the mean of their
+            probabilities: small models for short windows gain more from that than from being larger.
         optimizer: learning rate and its schedule.
         init_from: a checkpoint whose backbone and embedding to start from: a shipped name, a folder or a .ckpt.
     """
@@ -94,6 +96,7 @@ class DNAClassification(DNANetwork, Task):
         chunk_length: int = 0,
         chunk_offload: bool = False,
         chunk_kept: int = 1,
+        members: int = 1,
         optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 - frozen
         init_from: str | None = None,
     ) -> None:
@@ -115,6 +118,7 @@ class DNAClassification(DNANetwork, Task):
             chunk_length=chunk_length,
             chunk_offload=chunk_offload,
             chunk_kept=chunk_kept,
+            members=members,
             optimizer=optimizer,
             init_from=init_from,
             label_smoothing=label_smoothing,
@@ -196,8 +200,11 @@ class DNAClassification(DNANetwork, Task):
     def training_step(self, batch: DNABatch, batch_idx: int) -> Tensor | None:
         if self.composition_only:  # fitted in on_fit_start
             return None
-        logits = self(batch.tokens, batch.lengths)
-        loss = F.cross_entropy(logits, batch.labels, weight=self.class_weight, label_smoothing=self.label_smoothing)
+        logits = self.member_logits(batch.tokens, batch.lengths)  # (b, m, c)
+        labels = batch.labels[:, None].expand(logits.shape[:2]).flatten()
+        loss = F.cross_entropy(
+            logits.flatten(0, 1), labels, weight=self.class_weight, label_smoothing=self.label_smoothing
+        )
         self.log("train_loss", loss, prog_bar=True, batch_size=len(batch.labels))
         return loss
 

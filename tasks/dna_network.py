@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -60,6 +61,7 @@ class DNANetwork(Network):
         chunk_length: int = 0,
         chunk_offload: bool = False,
         chunk_kept: int = 1,
+        members: int = 1,
         **training: Any,
     ) -> None:
         super().__init__(
@@ -80,6 +82,7 @@ class DNANetwork(Network):
             chunk_length=chunk_length,
             chunk_offload=chunk_offload,
             chunk_kept=chunk_kept,
+            members=members,
             **training,
         )
         self.labels = list(labels)
@@ -115,6 +118,10 @@ class DNANetwork(Network):
             raise UserError("model.composition_only needs model.composition, the length of the k-mers that answer")
         self.composition = Composition(composition, len(labels)) if composition else None
         self.composition_only = composition_only
+        if members < 1 or (members > 1 and composition):
+            raise UserError(f"model.members is {members}: it must be at least 1, and 1 with model.composition")
+        alike = {key: value for key, value in self._own_args.items() if key not in (*training, "members")}
+        self.others = nn.ModuleList(DNANetwork(backbone=config, **alike) for _ in range(members - 1))
         if composition:  # what the network adds to it starts from nothing
             nn.init.zeros_(self.head[1].weight)  # type: ignore[arg-type]
             nn.init.zeros_(self.head[1].bias)  # type: ignore[arg-type]
@@ -129,10 +136,20 @@ class DNANetwork(Network):
         Returns:
             (b, c) float32 logits. Padding and neighbours in the batch do not change them.
         """
+        if self.others:  # the logarithms of the members' mean probabilities
+            every = self.member_logits(tokens, lengths).log_softmax(-1)
+            return every.logsumexp(1) - math.log(every.shape[1])
         if self.composition is not None and self.composition_only:
             return self.composition(tokens, lengths)
         logits = self.score(self.pool(tokens, lengths))
         return logits if self.composition is None else logits + self.composition(tokens, lengths)
+
+    def member_logits(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """(b, m, c) float32 logits of each member by itself; arguments as of :meth:`forward`."""
+        if not self.others:
+            return self(tokens, lengths)[:, None]
+        own = self.score(self.pool(tokens, lengths))
+        return torch.stack([own, *(other(tokens, lengths) for other in self.others)], dim=1)
 
     def pool(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         """(b, width) pooled outputs of the backbone, before the head; arguments as of :meth:`forward`."""
@@ -193,12 +210,18 @@ class DNANetwork(Network):
 
     def check_unaligned(self) -> None:
         """Raise UserError where the model can only say something of whole, aligned windows."""
+        self.check_single()
         if self.pooling.bins > 1 or self.embedding.places is not None:
             raise UserError(
                 "this model answers for whole, aligned windows (a site and what is around it) and says nothing of a "
                 "place in a long sequence: classify such windows one by one, or take a checkpoint for long sequences "
                 "(`seqssm checkpoints` lists them), or train one with model.pool_bins: 1 and model.positions: 0"
             )
+
+    def check_single(self) -> None:
+        """Raise UserError where several networks answer together, which is for windows that are run whole."""
+        if self.others:
+            raise UserError("this works with one network, and this model has several (model.members): train one with 1")
 
     def predict_proba(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         """(b, c) float32 probabilities, averaged over both strands if the task says so."""

@@ -21,6 +21,7 @@ def split_classifier(task: DNAClassification, split: LengthSplit) -> None:
     Raises:
         UserError: the model needs all of a sequence in one place.
     """
+    task.check_single()
     if task.embedding.norm is not None:
         raise UserError("model.standardize takes statistics of whole sequences: set it to false, or do not split them")
     if task.embedding.places is not None:

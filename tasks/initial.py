@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ from seqssm.tasks.network import Loaded, Network
 
 CLASSES = ("labels", "multi_label", "tokenizer")
 """Arguments that say what the outputs mean."""
+_MEMBER = re.compile(r"^others\.\d+\.")
 NAMED = 6
 """More names than this are counted."""
 
@@ -32,8 +34,9 @@ def start_from(network: Network, source: Loaded, name: str) -> str:
     old = {key: value for key, value in old.items() if key not in training}
     renamed = [key for key in CLASSES if key in new and old.get(key) != new[key]]
     heads = tuple(f"{part}." for part in network.head_parts)
+    in_head = {key for key in own if _MEMBER.sub("", key).startswith(heads)}
     fits = {key for key, value in own.items() if key in theirs and theirs[key].shape == value.shape}
-    misfits = [key for key in own if key in theirs and key not in fits and not key.startswith(heads)]
+    misfits = [key for key in own if key in theirs and key not in fits and key not in in_head]
     body = tuple(f"{part}." for part in network.body_parts)
     missing = [key for key in own if key.startswith(body) and key not in theirs]
     if misfits or missing:
@@ -44,7 +47,7 @@ def start_from(network: Network, source: Loaded, name: str) -> str:
             f"init_from {name}: {_count(misfits or missing, 'weight')} not fit this model, the first {first} "
             f"({shapes}); use the settings that it was trained with" + (f": {', '.join(settings)}" if settings else "")
         )
-    taken = {key for key in fits if not (renamed and key.startswith(heads))}
+    taken = {key for key in fits if not (renamed and key in in_head)}
     network.load_state_dict({key: theirs[key] for key in taken}, strict=False)
     lines = [f"init_from {name}: {len(taken)} of {len(own)} tensors loaded"]
     fresh, unused = [key for key in own if key not in taken], [key for key in theirs if key not in taken]

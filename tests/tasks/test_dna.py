@@ -9,6 +9,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from seqssm import hub
 from seqssm.backbone import BackboneConfig, MixerSpec
 from seqssm.data import DNABatch, DNADataModule
 from seqssm.data.dna.alphabet import encode, reverse_complement
@@ -150,6 +151,45 @@ def test_bins_are_pooled_each_by_itself() -> None:
     torch.testing.assert_close(pooled[0], torch.cat(means + peaks))
     whole = Pooling("mean_max")(y, torch.tensor([7]))
     torch.testing.assert_close(whole[0], torch.cat([y[0].mean(0), y[0].amax(0)]))
+
+
+def test_members_answer_with_their_mean_and_learn_each_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"backbone": BACKBONES["two-way"], "pooling": "mean_max", "pool_bins": 3, "average_strands": False}
+    task = make_task(**settings, members=3)
+    singles = [make_task(**settings) for _ in range(3)]
+    for i, single in enumerate(singles):
+        prefix = f"others.{i - 1}." if i else ""
+        single.load_state_dict({key: task.state_dict()[prefix + key] for key in single.state_dict()})
+    assert not torch.equal(singles[0].head[1].weight, singles[1].head[1].weight)
+    batch = random_batch([37, 64, 5])
+    batch = batch._replace(labels=torch.tensor([0, 2, 1]))
+    apart = [single.predict_proba(batch.tokens, batch.lengths) for single in singles]
+    torch.testing.assert_close(task.predict_proba(batch.tokens, batch.lengths), sum(apart) / 3)  # type: ignore[arg-type]
+    monkeypatch.setattr(task, "log", lambda *args, **settings: None)
+    loss = task.training_step(batch, 0)
+    assert loss is not None
+    loss.backward()
+    losses = [
+        torch.nn.functional.cross_entropy(single(batch.tokens, batch.lengths), batch.labels) for single in singles
+    ]
+    torch.testing.assert_close(loss, sum(losses) / 3)  # type: ignore[arg-type]
+    losses[2].backward()
+    gradients = zip(task.others[1].named_parameters(), singles[2].parameters(), strict=True)
+    for (name, one), other in gradients:
+        torch.testing.assert_close(one.grad, other.grad / 3, msg=lambda text, name=name: f"{name}: {text}")
+    with pytest.raises(UserError, match=r"this model has several \(model\.members\)"):
+        task.check_unaligned()
+    with pytest.raises(UserError, match=r"model\.members is 2: it must be .* 1 with model\.composition"):
+        make_task(members=2, composition=3)
+
+
+def test_members_start_from_a_checkpoint_but_for_their_heads(tmp_path: Path) -> None:
+    old = make_task(members=2)
+    hub.save(tmp_path / "old", old.describe(), old.state_dict())
+    torch.manual_seed(1)
+    new = DNAClassification(["x", "y"], old.backbone_config, members=2, init_from=str(tmp_path / "old"))
+    for key, weight in new.state_dict().items():
+        assert torch.equal(weight, old.state_dict()[key]) != ("head" in key), key
 
 
 def test_kmer_ids_against_string_slices() -> None:
