@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -136,7 +136,7 @@ class SequenceEmbedding(nn.Module):
     def reach(self) -> tuple[int, int]:
         """Bases before and behind its own, along the strand, that a position's vector depends on."""
         behind = 0 if self.motifs is None else self.motifs.kernel_size[0] - 1 - self.before
-        combined = [combination.reach for combination in self.combinations]
+        combined = [cast(MotifCombination, combination).reach for combination in self.combinations]
         before = max(self.kmer - 1, self.before) + sum(one for one, _ in combined)
         return before, behind + sum(other for _, other in combined)
 
