@@ -177,7 +177,7 @@ def build_datamodule(
         raise UserError(f"the data section does not fit: {' '.join(str(error.message).split())}") from error
 
 
-def _with_subclasses(cls: type) -> list[type]:
+def _with_subclasses(cls: type[Any]) -> list[type[Any]]:
     return [cls, *(found for one in cls.__subclasses__() for found in _with_subclasses(one))]
 
 
