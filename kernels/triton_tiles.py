@@ -35,7 +35,7 @@ def locate(per_group, groups, segments, BLOCK: tl.constexpr, WIDE: tl.constexpr)
     group = block // blocks
     if WIDE:
         group = group.to(tl.int64)
-    offsets = (block % blocks) * BLOCK + tl.arange(0, BLOCK)
+    offsets = tl.max_contiguous((block % blocks) * BLOCK + tl.arange(0, BLOCK), BLOCK // 32)
     return (
         (row // segments).to(tl.int64),
         row % segments,
@@ -48,22 +48,75 @@ def locate(per_group, groups, segments, BLOCK: tl.constexpr, WIDE: tl.constexpr)
 
 @triton.jit
 def rows(pointer, batch, start, length, direction, stride_b, stride_t):
-    """Pointer to the row of scan time ``start``, and the stride from there to the next row in scan time."""
+    """Pointer to the row of scan time ``start``, and the stride from there to the next row in scan time.
+
+    Rows are then taken by their number, not by a pointer that moves on: their offsets from a pointer that moves would
+    be the same in every round, and all be kept in registers.
+    """
     first = tl.where(direction > 0, 0, length - 1).to(tl.int64) + direction * start.to(tl.int64)
     return pointer + batch * stride_b + first * stride_t, direction * stride_t
 
 
 @triton.jit
-def load_rows(pointer, step, offsets, mask, count, TILE: tl.constexpr, WHOLE: tl.constexpr = False):
-    """TILE rows as vectors, zeros from row ``count`` on; WHOLE says that all rows and channels are there."""
-    tile = ()
-    for j in tl.static_range(TILE):
-        if WHOLE:
-            tile += (tl.load(pointer + offsets),)
-        else:
-            tile += (tl.load(pointer + offsets, mask=mask & (j < count), other=0.0),)
-        pointer += step
+def unstack(tile, TILE: tl.constexpr, BLOCK: tl.constexpr):
+    """The rows of ``tile`` (TILE, BLOCK) as a tuple; nothing moves where a lane has all rows of its channels."""
+    if TILE == 4:
+        halves = (tl.permute(tl.reshape(tile, [2, 2, BLOCK]), [2, 1, 0]),)
+    elif TILE == 8:
+        halves = (tl.permute(tl.reshape(tile, [2, 2, 2, BLOCK]), [3, 2, 1, 0]),)
+    else:
+        tl.static_assert(TILE == 16, "a tile has 4, 8 or 16 tokens")
+        halves = (tl.permute(tl.reshape(tile, [2, 2, 2, 2, BLOCK]), [4, 3, 2, 1, 0]),)
+    for _ in tl.static_range(4):
+        if len(halves) < TILE:
+            parts = ()
+            for i in tl.static_range(len(halves)):
+                parts += tl.split(halves[i])
+            halves = parts
+    return halves
+
+
+@triton.jit
+def stack(rows, TILE: tl.constexpr, BLOCK: tl.constexpr):
+    """The inverse of ``unstack``."""
+    for _ in tl.static_range(4):
+        if len(rows) > 1:
+            pairs = ()
+            for i in tl.static_range(len(rows) // 2):
+                pairs += (tl.join(rows[2 * i], rows[2 * i + 1]),)
+            rows = pairs
+    if TILE == 4:
+        tile = tl.permute(rows[0], [2, 1, 0])
+    elif TILE == 8:
+        tile = tl.permute(rows[0], [3, 2, 1, 0])
+    else:
+        tile = tl.permute(rows[0], [4, 3, 2, 1, 0])
+    return tl.reshape(tile, [TILE, BLOCK])
+
+
+@triton.jit
+def load_tile(pointer, step, offsets, t, mask, count, TILE: tl.constexpr, WHOLE: tl.constexpr = False):
+    """Rows t to t + TILE from ``pointer`` on as (TILE, BLOCK), zeros from the ``count``-th of them on; WHOLE says that
+    all rows and channels are there."""
+    j = tl.arange(0, TILE)
+    at = (pointer + (t + j) * step)[:, None] + offsets[None, :]
+    if WHOLE:
+        tile = tl.load(at)
+    else:
+        tile = tl.load(at, mask=mask[None, :] & (j < count)[:, None], other=0.0)
     return tile
+
+
+@triton.jit
+def store_tile(pointer, step, offsets, t, mask, count, tile, TILE: tl.constexpr, WHOLE: tl.constexpr):
+    """Write the first ``count`` of rows t to t + TILE."""
+    j = tl.arange(0, TILE)
+    at = (pointer + (t + j) * step)[:, None] + offsets[None, :]
+    tile = tile.to(pointer.dtype.element_ty)
+    if WHOLE:
+        tl.store(at, tile)
+    else:
+        tl.store(at, tile, mask=mask[None, :] & (j < count)[:, None])
 
 
 @triton.jit
@@ -74,27 +127,6 @@ def load_channels(pointers, mask):
     else:
         value = tl.load(pointers, mask=mask, other=0.0)
     return value
-
-
-@triton.jit
-def to_float32(tile, TILE: tl.constexpr):
-    """The vectors of a tile as float32."""
-    result = ()
-    for j in tl.static_range(TILE):
-        result += (tile[j].to(tl.float32),)
-    return result
-
-
-@triton.jit
-def store_tile(pointer, step, offsets, mask, count, tile, TILE: tl.constexpr, WHOLE: tl.constexpr):
-    """Write the first ``count`` rows of a tile."""
-    for j in tl.static_range(TILE):
-        value = tile[j].to(pointer.dtype.element_ty)
-        if WHOLE:
-            tl.store(pointer + offsets, value)
-        else:
-            tl.store(pointer + offsets, value, mask=mask & (j < count))
-        pointer += step
 
 
 @triton.jit
@@ -181,24 +213,12 @@ def softplus(x):
 @triton.jit
 def step_sizes(raw, bias, count, SOFTPLUS: tl.constexpr, TILE: tl.constexpr, WHOLE: tl.constexpr):
     """The step sizes of a tile from ``delta``; zero, which leaves a state as it is, from row ``count`` on."""
-    steps = ()
-    for j in tl.static_range(TILE):
-        step = raw[j].to(tl.float32) + bias
-        if SOFTPLUS:
-            step = softplus(step)
-        if not WHOLE:
-            step = tl.where(j < count, step, 0.0)
-        steps += (step,)
+    steps = raw.to(tl.float32) + bias[None, :]
+    if SOFTPLUS:
+        steps = softplus(steps)
+    if not WHOLE:
+        steps = tl.where((tl.arange(0, TILE) < count)[:, None], steps, 0.0)
     return steps
-
-
-@triton.jit
-def products(a, b, TILE: tl.constexpr):
-    """Elementwise products of two tiles."""
-    result = ()
-    for j in tl.static_range(TILE):
-        result += (a[j] * b[j],)
-    return result
 
 
 @triton.jit
@@ -267,10 +287,15 @@ def reverse_mask(reverse: Sequence[bool]) -> int:
     return sum(1 << i for i, r in enumerate(reverse) if r)
 
 
-def wide_offsets(tile: int, *tensors: Tensor | None) -> bool:
-    """Whether the last channel of a token, or the token ``tile`` tokens on, is 2^31 elements or more away in one of the
-    tensors (b, l, d): so it is in a channel-major view of a long sequence. Offsets of 32 bits would wrap round."""
-    return any(max((x.shape[2] - 1) * x.stride(2), tile * x.stride(1)) >= 2**31 for x in tensors if x is not None)
+def wide_offsets(span: int, *tensors: Tensor | None) -> bool:
+    """Whether the last channel of the token ``span`` tokens on is 2^31 elements or more away in one of the tensors
+    (b, l, d), or in a contiguous one of the same shape: so it is in a channel-major view of a long sequence. Offsets of
+    32 bits, which a program takes from its first token, would wrap round."""
+    return any(
+        max((x.shape[2] - 1) * x.stride(2) + span * x.stride(1), (span + 1) * x.shape[2]) >= 2**31
+        for x in tensors
+        if x is not None
+    )
 
 
 def strides(x: Tensor | None, dims: int) -> tuple[int, ...]:

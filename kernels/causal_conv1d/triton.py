@@ -35,7 +35,7 @@ def forward(
     blocks = b * parts * triton.cdiv(d // parts, _BLOCK)
     segment = _segment(blocks, l, k)
     segments = triton.cdiv(l, segment)
-    wide = wide_offsets(max(_TILE, k), x)
+    wide = wide_offsets(segment + k, x)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     final_state = x.new_empty(b, d, k - 1)
     initial_state = None if initial_state is None else initial_state.contiguous()
@@ -71,7 +71,7 @@ def backward(
     segments = triton.cdiv(l, segment)
     if dx is None:
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    wide = wide_offsets(max(_TILE, k), x, dy, dx)
+    wide = wide_offsets(segment + _TILE + k, x, dy, dx)
     dinitial_state = None
     if initial_state is not None:
         initial_state = initial_state.contiguous()

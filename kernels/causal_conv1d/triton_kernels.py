@@ -8,7 +8,7 @@ A program walks along time with the last k-1 tokens of its channels in registers
 import triton
 import triton.language as tl
 
-from seqssm.kernels.triton_tiles import load_keeps, load_rows, locate, rows, sigmoid
+from seqssm.kernels.triton_tiles import load_keeps, load_tile, locate, rows, sigmoid, unstack
 
 
 @triton.jit
@@ -82,7 +82,7 @@ def forward_kernel(
     y_row, y_step = rows(y, batch, begin, length, direction, length.to(tl.int64) * channels, channels)
     for t in range(0, tokens, TILE):
         count = tokens - t
-        tile = load_rows(x_row, x_step, c * x_c, mask, count, TILE)
+        tile = unstack(load_tile(x_row, x_step, c * x_c, t, mask, count, TILE), TILE, BLOCK)
         if seq_idx is not None:
             keeps = load_keeps(seq_idx, batch, begin + t, length, direction, seq_b, seq_t, count, TILE)
         for j in tl.static_range(TILE):
@@ -101,7 +101,6 @@ def forward_kernel(
             for i in tl.static_range(WIDTH - 1):
                 moved += (window[i + 1] if i + 1 < WIDTH - 1 else token,)
             window = moved
-        x_row += TILE * x_step
     if segment == segments - 1:
         window, _ = _window(
             x, initial_state, seq_idx, batch, length, length, direction, c, mask, channels,
@@ -150,8 +149,8 @@ def backward_kernel(
     dx_row, dx_step = rows(dx, batch, begin - (WIDTH - 1), length, direction, dx_b, dx_t)
     state = (batch * channels + c) * (WIDTH - 1)
     for t in range(0, tokens + WIDTH - 1, TILE):
-        tile = load_rows(x_row, x_step, c * x_c, mask, ahead - t, TILE)
-        grads = load_rows(dy_row, dy_step, c * dy_c, mask, ahead - t, TILE)
+        tile = unstack(load_tile(x_row, x_step, c * x_c, t, mask, ahead - t, TILE), TILE, BLOCK)
+        grads = unstack(load_tile(dy_row, dy_step, c * dy_c, t, mask, ahead - t, TILE), TILE, BLOCK)
         if seq_idx is not None:
             keeps = load_keeps(seq_idx, batch, begin + t, length, direction, seq_b, seq_t, ahead - t, TILE)
         for j in tl.static_range(TILE):
@@ -210,8 +209,6 @@ def backward_kernel(
             window = moved
             pending = left
             alive = flags
-        x_row += TILE * x_step
-        dy_row += TILE * dy_step
     at = dtaps + (batch * segments + segment) * (WIDTH + 1) * channels + c
     for i in tl.static_range(WIDTH + 1):
         tl.store(at + i * channels, sums[i], mask=mask)

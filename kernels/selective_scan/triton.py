@@ -85,7 +85,7 @@ def forward(
     carry = _float32(b, ends, n, d, like=u, spare=d)
     initial_state = _contiguous32(initial_state)
     whole = l % _TILE == 0 and d // g % block == 0
-    wide = wide_offsets(_TILE, u, delta, z)
+    wide = wide_offsets(CHUNK, u, delta, z)
     with use_device(u):
         tensors = (u, delta, z, B, C, D, delta_bias, initial_state, seq_idx)
         launch = launcher("scan", "forward", delta_softplus, reverse, save_states, join is None, n, tensors=tensors)
@@ -155,7 +155,7 @@ def backward(
     mask = reverse_mask(reverse)
     tile, block = _TILE, _fit_block(d // g)
     whole = l % tile == 0 and d // g % block == 0
-    wide = wide_offsets(tile, u, delta, z, dy, dz)
+    wide = wide_offsets(CHUNK, u, delta, z, dy, dz)
     chunks = triton.cdiv(l, CHUNK)
     room = _HISTORY_BYTES if join is None else _PART_HISTORY_BYTES
     slab = max(1, min(chunks, room // (4 * b * (CHUNK // tile) * n * d)))

@@ -18,18 +18,18 @@ from seqssm.kernels.triton_tiles import (
     load_channels,
     load_keeps,
     load_numbers,
-    load_rows,
+    load_tile,
     locate,
     prefetch,
     prefetch_numbers,
     prefetch_rows,
-    products,
     rows,
     sigmoid,
     step_sizes,
+    stack,
     store_tile,
     sum_and_store,
-    to_float32,
+    unstack,
     zeros,
 )
 
@@ -80,42 +80,40 @@ def history_kernel(
         tl.store(adjoint + i * channels + c, tl.zeros([BLOCK], tl.float32), mask=mask)
     for t in range(0, tokens, TILE):
         count = tokens - t
-        raw_steps = load_rows(delta_row, delta_step, c * delta_c, mask, count, TILE, WHOLE)
-        inputs = load_rows(u_row, u_step, c * u_c, mask, count, TILE, WHOLE)
-        grads = load_rows(dy_row, dy_step, c * dy_c, mask, count, TILE, WHOLE)
+        raw_steps = load_tile(delta_row, delta_step, c * delta_c, t, mask, count, TILE, WHOLE)
+        inputs = load_tile(u_row, u_step, c * u_c, t, mask, count, TILE, WHOLE)
+        grads = load_tile(dy_row, dy_step, c * dy_c, t, mask, count, TILE, WHOLE)
         if z is not None:
-            gates = load_rows(z_row, z_step, c * z_c, mask, count, TILE, WHOLE)
+            gates = load_tile(z_row, z_step, c * z_c, t, mask, count, TILE, WHOLE)
         # What the next tile is the first to read is asked for a whole tile ahead, as in the forward kernel.
         if t + TILE < tokens:
             last = count - TILE - 1
             prefetch_numbers(packed + (t + TILE) * states, TILE * states, PREFETCH)
-            prefetch_rows(u_row + TILE * u_step, u_step, u_c, first_channel, last, end_channel, TILE, BLOCK, PREFETCH)
+            prefetch_rows(u_row + (t + TILE) * u_step, u_step, u_c, first_channel, last, end_channel, TILE, BLOCK, PREFETCH)
             prefetch_rows(
-                delta_row + TILE * delta_step, delta_step, delta_c, first_channel, last, end_channel,
+                delta_row + (t + TILE) * delta_step, delta_step, delta_c, first_channel, last, end_channel,
                 TILE, BLOCK, PREFETCH,
             )  # fmt: skip
             prefetch_rows(
-                dy_row + TILE * dy_step, dy_step, dy_c, first_channel, last, end_channel, TILE, BLOCK, PREFETCH
+                dy_row + (t + TILE) * dy_step, dy_step, dy_c, first_channel, last, end_channel, TILE, BLOCK, PREFETCH
             )
             if z is not None:
                 prefetch_rows(
-                    z_row + TILE * z_step, z_step, z_c, first_channel, last, end_channel, TILE, BLOCK, PREFETCH
+                    z_row + (t + TILE) * z_step, z_step, z_c, first_channel, last, end_channel, TILE, BLOCK, PREFETCH
                 )
         steps = step_sizes(raw_steps, offset, count, SOFTPLUS, TILE, WHOLE)
-        inputs = to_float32(inputs, TILE)
-        drives = products(inputs, steps, TILE)
-        grads = to_float32(grads, TILE)
+        inputs = inputs.to(tl.float32)
+        grads = grads.to(tl.float32)
         outputs = ()
         if z is not None:
-            slopes = ()
-            passed = ()
-            for j in tl.static_range(TILE):
-                gate = gates[j].to(tl.float32)
-                s = sigmoid(gate)
-                slopes += (grads[j] * (s * (1.0 + gate * (1.0 - s))),)
-                passed += (grads[j] * gate * s,)
-                outputs += (skip * inputs[j],)
-            grads = passed
+            gates = gates.to(tl.float32)
+            s = sigmoid(gates)
+            slopes = grads * (s * (1.0 + gates * (1.0 - s)))
+            grads = grads * gates * s
+            outputs = unstack(skip[None, :] * inputs, TILE, BLOCK)
+        drives = unstack(inputs * steps, TILE, BLOCK)
+        steps = unstack(steps, TILE, BLOCK)
+        grads = unstack(grads, TILE, BLOCK)
         if seq_idx is not None:
             keeps = load_keeps(seq_idx, batch, begin + t, length, direction, seq_b, seq_t, count, TILE)
         # What the next state needs is read ahead, as in the forward kernel.
@@ -163,21 +161,12 @@ def history_kernel(
             if seq_idx is not None:
                 kept *= keeps[j]
         if z is not None:
-            store_tile(dz_row, dz_step, c * dz_c, mask, count, products(outputs, slopes, TILE), TILE, WHOLE)
+            out = stack(outputs, TILE, BLOCK)
+            store_tile(dz_row, dz_step, c * dz_c, t, mask, count, out * slopes, TILE, WHOLE)
             if y is not None:  # the gates are read again rather than kept in registers
-                gates = load_rows(z_row, z_step, c * z_c, mask, count, TILE, WHOLE)
-                gated = ()
-                for j in tl.static_range(TILE):
-                    gate = gates[j].to(tl.float32)
-                    gated += (outputs[j] * gate * sigmoid(gate),)
-                store_tile(y_row, y_step, c, mask, count, gated, TILE, WHOLE)
-                y_row += TILE * y_step
-            z_row += TILE * z_step
-            dz_row += TILE * dz_step
+                gates = load_tile(z_row, z_step, c * z_c, t, mask, count, TILE, WHOLE).to(tl.float32)
+                store_tile(y_row, y_step, c, t, mask, count, out * gates * sigmoid(gates), TILE, WHOLE)
         history += states * channels
-        u_row += TILE * u_step
-        delta_row += TILE * delta_step
-        dy_row += TILE * dy_step
     if seq_idx is not None:
         total = tl.where(kept == 0.0, float("inf"), total)
     tl.store(total_steps + (batch * slab_chunks + chunk) * channels + c, total, mask=mask)
@@ -226,36 +215,36 @@ def gradient_kernel(
     dense = length.to(tl.int64) * channels
     t = (tl.cdiv(tokens, TILE) - 1) * TILE
     count = tokens - t
-    u_row, u_step = rows(u, batch, begin + t, length, direction, u_b, u_t)
-    delta_row, delta_step = rows(delta, batch, begin + t, length, direction, delta_b, delta_t)
-    dy_row, dy_step = rows(dy, batch, begin + t, length, direction, dy_b, dy_t)
-    du_row, out_step = rows(du, batch, begin + t, length, direction, dense, channels)
-    ddelta_row, out_step = rows(ddelta, batch, begin + t, length, direction, dense, channels)
-    raw_inputs = load_rows(u_row, u_step, c * u_c, mask, count, TILE, WHOLE)
-    raw_steps = load_rows(delta_row, delta_step, c * delta_c, mask, count, TILE, WHOLE)
-    raw_grads = load_rows(dy_row, dy_step, c * dy_c, mask, count, TILE, WHOLE)
+    u_row, u_step = rows(u, batch, begin, length, direction, u_b, u_t)
+    delta_row, delta_step = rows(delta, batch, begin, length, direction, delta_b, delta_t)
+    dy_row, dy_step = rows(dy, batch, begin, length, direction, dy_b, dy_t)
+    du_row, out_step = rows(du, batch, begin, length, direction, dense, channels)
+    ddelta_row, out_step = rows(ddelta, batch, begin, length, direction, dense, channels)
+    raw_inputs = load_tile(u_row, u_step, c * u_c, t, mask, count, TILE, WHOLE)
+    raw_steps = load_tile(delta_row, delta_step, c * delta_c, t, mask, count, TILE, WHOLE)
+    raw_grads = load_tile(dy_row, dy_step, c * dy_c, t, mask, count, TILE, WHOLE)
     raw_gates = raw_grads
     if z is not None:
-        z_row, z_step = rows(z, batch, begin + t, length, direction, z_b, z_t)
-        raw_gates = load_rows(z_row, z_step, c * z_c, mask, count, TILE, WHOLE)
+        z_row, z_step = rows(z, batch, begin, length, direction, z_b, z_t)
+        raw_gates = load_tile(z_row, z_step, c * z_c, t, mask, count, TILE, WHOLE)
     first_channel, end_channel = group * per_group + block * BLOCK, (group + 1) * per_group
     while t >= 0:
         # What the tile before this one is the first to read is asked for a whole tile ahead; all its rows are there.
         if t > 0:
             prefetch_numbers(packed + (t - TILE) * states, TILE * states, PREFETCH)
             prefetch_rows(
-                u_row - TILE * u_step, u_step, u_c, first_channel, TILE - 1, end_channel, TILE, BLOCK, PREFETCH
+                u_row + (t - TILE) * u_step, u_step, u_c, first_channel, TILE - 1, end_channel, TILE, BLOCK, PREFETCH
             )
             prefetch_rows(
-                delta_row - TILE * delta_step, delta_step, delta_c, first_channel, TILE - 1, end_channel,
+                delta_row + (t - TILE) * delta_step, delta_step, delta_c, first_channel, TILE - 1, end_channel,
                 TILE, BLOCK, PREFETCH,
             )  # fmt: skip
             prefetch_rows(
-                dy_row - TILE * dy_step, dy_step, dy_c, first_channel, TILE - 1, end_channel, TILE, BLOCK, PREFETCH
+                dy_row + (t - TILE) * dy_step, dy_step, dy_c, first_channel, TILE - 1, end_channel, TILE, BLOCK, PREFETCH
             )
             if z is not None:
                 prefetch_rows(
-                    z_row - TILE * z_step, z_step, z_c, first_channel, TILE - 1, end_channel, TILE, BLOCK, PREFETCH
+                    z_row + (t - TILE) * z_step, z_step, z_c, first_channel, TILE - 1, end_channel, TILE, BLOCK, PREFETCH
                 )
             if PREFETCH > 0:
                 # The states entering it: 32 / (BLOCK / 8) of them at a time, by sectors of 8 channels.
@@ -266,14 +255,13 @@ def gradient_kernel(
                     state = tl.minimum(i + lane // (BLOCK // 8), states - 1)
                     prefetch(before + state * channels + channel, PREFETCH)
         steps = step_sizes(raw_steps, offset, count, SOFTPLUS, TILE, WHOLE)
-        drives = products(to_float32(raw_inputs, TILE), steps, TILE)
-        grads = to_float32(raw_grads, TILE)
+        drives = unstack(raw_inputs.to(tl.float32) * steps, TILE, BLOCK)
+        steps = unstack(steps, TILE, BLOCK)
+        grads = raw_grads.to(tl.float32)
         if z is not None:
-            passed = ()
-            for j in tl.static_range(TILE):
-                gate = raw_gates[j].to(tl.float32)
-                passed += (grads[j] * gate * sigmoid(gate),)
-            grads = passed
+            gates = raw_gates.to(tl.float32)
+            grads = grads * gates * sigmoid(gates)
+        grads = unstack(grads, TILE, BLOCK)
         if seq_idx is not None:
             keeps = load_keeps(seq_idx, batch, begin + t, length, direction, seq_b, seq_t, count, TILE)
         ddrives = zeros(TILE, BLOCK)
@@ -335,40 +323,31 @@ def gradient_kernel(
                 sums += 2 * TILE
         # The rows are read again rather than kept: registers are what the loop above is short of. They and those of the
         # next tile are all on their way before the arithmetic and the stores.
-        back = tl.where(t > 0, TILE, 0)
-        this_count = count
-        inputs = load_rows(u_row, u_step, c * u_c, mask, count, TILE, WHOLE)
-        raws = load_rows(delta_row, delta_step, c * delta_c, mask, count, TILE, WHOLE)
+        this_t, this_count = t, count
+        inputs = load_tile(u_row, u_step, c * u_c, t, mask, count, TILE, WHOLE)
+        raws = load_tile(delta_row, delta_step, c * delta_c, t, mask, count, TILE, WHOLE)
         t -= TILE
-        count = tokens - tl.maximum(t, 0)  # before the first tile its rows are read once more, no further than they go
-        u_row -= back * u_step
-        delta_row -= back * delta_step
-        dy_row -= back * dy_step
-        raw_inputs = load_rows(u_row, u_step, c * u_c, mask, count, TILE, WHOLE)
-        raw_steps = load_rows(delta_row, delta_step, c * delta_c, mask, count, TILE, WHOLE)
-        raw_grads = load_rows(dy_row, dy_step, c * dy_c, mask, count, TILE, WHOLE)
+        next_t = tl.maximum(t, 0)  # before the first tile its rows are read once more
+        count = tokens - next_t
+        raw_inputs = load_tile(u_row, u_step, c * u_c, next_t, mask, count, TILE, WHOLE)
+        raw_steps = load_tile(delta_row, delta_step, c * delta_c, next_t, mask, count, TILE, WHOLE)
+        raw_grads = load_tile(dy_row, dy_step, c * dy_c, next_t, mask, count, TILE, WHOLE)
         raw_gates = raw_grads
         if z is not None:
-            z_row -= back * z_step
-            raw_gates = load_rows(z_row, z_step, c * z_c, mask, count, TILE, WHOLE)
-        inputs = to_float32(inputs, TILE)
-        dinputs = ()
-        draws = ()
-        for j in tl.static_range(TILE):
-            dinputs += (steps[j] * ddrives[j] + skip * grads[j],)
-            x = dsteps[j] * LN2 + inputs[j] * ddrives[j]
-            if SOFTPLUS:
-                x *= sigmoid(raws[j].to(tl.float32) + offset)
-            draws += (x,)
-            if WHOLE:
-                doffset += x
-            else:
-                doffset += tl.where(j < this_count, x, 0.0)
-            dskip += grads[j] * inputs[j]
-        store_tile(du_row, out_step, c, mask, this_count, dinputs, TILE, WHOLE)
-        store_tile(ddelta_row, out_step, c, mask, this_count, draws, TILE, WHOLE)
-        du_row -= TILE * out_step
-        ddelta_row -= TILE * out_step
+            raw_gates = load_tile(z_row, z_step, c * z_c, next_t, mask, count, TILE, WHOLE)
+        inputs = inputs.to(tl.float32)
+        passed = stack(grads, TILE, BLOCK)
+        tile_ddrives = stack(ddrives, TILE, BLOCK)
+        dinputs = stack(steps, TILE, BLOCK) * tile_ddrives + skip[None, :] * passed
+        draws = stack(dsteps, TILE, BLOCK) * LN2 + inputs * tile_ddrives
+        if SOFTPLUS:
+            draws *= sigmoid(raws.to(tl.float32) + offset[None, :])
+        if not WHOLE:
+            draws = tl.where((tl.arange(0, TILE) < this_count)[:, None], draws, 0.0)
+        doffset += tl.sum(draws, axis=0)
+        dskip += tl.sum(passed * inputs, axis=0)
+        store_tile(du_row, out_step, c, this_t, mask, this_count, dinputs, TILE, WHOLE)
+        store_tile(ddelta_row, out_step, c, this_t, mask, this_count, draws, TILE, WHOLE)
     at = share * channels + c
     more = accumulate != 0
     if more:

@@ -15,17 +15,17 @@ from seqssm.kernels.triton_tiles import (
     load_channels,
     load_keeps,
     load_numbers,
-    load_rows,
+    load_tile,
     locate,
     prefetch_numbers,
     prefetch_rows,
-    products,
     rows,
     sigmoid,
     softplus,
     step_sizes,
+    stack,
     store_tile,
-    to_float32,
+    unstack,
 )
 
 
@@ -114,26 +114,27 @@ def scan_kernel(
                 tl.store(saved + (batch * states + i) * channels + c, h, mask=mask)
     for t in range(0, tokens, TILE):
         count = tokens - t
-        inputs = load_rows(u_row, u_step, c * u_c, mask, count, TILE, WHOLE)
-        raw_steps = load_rows(delta_row, delta_step, c * delta_c, mask, count, TILE, WHOLE)
+        inputs = load_tile(u_row, u_step, c * u_c, t, mask, count, TILE, WHOLE)
+        raw_steps = load_tile(delta_row, delta_step, c * delta_c, t, mask, count, TILE, WHOLE)
         if not SUMMARY and z is not None:
-            gates = load_rows(z_row, z_step, c * z_c, mask, count, TILE, WHOLE)
+            gates = load_tile(z_row, z_step, c * z_c, t, mask, count, TILE, WHOLE)
         # What the next tile is the first to read comes from far away: it is asked for a whole tile ahead.
         if t + TILE < tokens:
             last = count - TILE - 1
             prefetch_numbers(packed + (t + TILE) * states, TILE * states, PREFETCH)
-            prefetch_rows(u_row + TILE * u_step, u_step, u_c, first_channel, last, end_channel, TILE, BLOCK, PREFETCH)
+            prefetch_rows(u_row + (t + TILE) * u_step, u_step, u_c, first_channel, last, end_channel, TILE, BLOCK, PREFETCH)
             prefetch_rows(
-                delta_row + TILE * delta_step, delta_step, delta_c, first_channel, last, end_channel,
+                delta_row + (t + TILE) * delta_step, delta_step, delta_c, first_channel, last, end_channel,
                 TILE, BLOCK, PREFETCH,
             )  # fmt: skip
             if not SUMMARY and z is not None:
                 prefetch_rows(
-                    z_row + TILE * z_step, z_step, z_c, first_channel, last, end_channel, TILE, BLOCK, PREFETCH
+                    z_row + (t + TILE) * z_step, z_step, z_c, first_channel, last, end_channel, TILE, BLOCK, PREFETCH
                 )
-        inputs = to_float32(inputs, TILE)
+        inputs = inputs.to(tl.float32)
         steps = step_sizes(raw_steps, offset, count, SOFTPLUS, TILE, WHOLE)
-        drives = products(inputs, steps, TILE)
+        drives = unstack(inputs * steps, TILE, BLOCK)
+        steps = unstack(steps, TILE, BLOCK)
         if seq_idx is not None:
             keeps = load_keeps(seq_idx, batch, begin + t, length, direction, seq_b, seq_t, count, TILE)
         outputs = ()
@@ -143,8 +144,7 @@ def scan_kernel(
                 if seq_idx is not None:
                     kept *= keeps[j]
         else:
-            for j in tl.static_range(TILE):
-                outputs += (skip * inputs[j],)
+            outputs = unstack(skip[None, :] * inputs, TILE, BLOCK)
         # What the next state needs is read before this one is computed: the arithmetic hides the memory. After the last
         # state this reads past it: into the next tile, or into what the launcher has left there.
         at = c
@@ -177,17 +177,11 @@ def scan_kernel(
                 outputs = results
                 tl.store(here, h, mask=mask)
         if not SUMMARY:
+            out = stack(outputs, TILE, BLOCK)
             if z is not None:
-                gated = ()
-                for j in tl.static_range(TILE):
-                    gate = gates[j].to(tl.float32)
-                    gated += (outputs[j] * gate * sigmoid(gate),)
-                outputs = gated
-                z_row += TILE * z_step
-            store_tile(y_row, y_step, c, mask, count, outputs, TILE, WHOLE)
-            y_row += TILE * y_step
-        u_row += TILE * u_step
-        delta_row += TILE * delta_step
+                gates = gates.to(tl.float32)
+                out = out * gates * sigmoid(gates)
+            store_tile(y_row, y_step, c, t, mask, count, out, TILE, WHOLE)
     if SUMMARY:
         if seq_idx is not None:
             total = tl.where(kept == 0.0, float("inf"), total)
