@@ -157,14 +157,15 @@ def prefetch(pointers, LEVEL: tl.constexpr):
 
 @triton.jit
 def prefetch_rows(
-    pointer, step, stride_c, first, last, per_group_end, TILE: tl.constexpr, BLOCK: tl.constexpr, LEVEL: tl.constexpr
+    pointer, step, stride_c, t, first, last, per_group_end, TILE: tl.constexpr, BLOCK: tl.constexpr, LEVEL: tl.constexpr
 ):  # fmt: skip
-    """``prefetch`` for BLOCK channels from ``first`` of TILE rows from ``pointer``: a row is asked for at 32 / TILE
-    places. Rows after ``last`` and channels from ``per_group_end`` on, which may not exist, become the nearest one."""
+    """``prefetch`` for BLOCK channels from ``first`` of rows t to t + TILE from ``pointer``: a row is asked for at
+    32 / TILE places. Rows after t + ``last`` and channels from ``per_group_end`` on, which may not exist, become the
+    nearest one."""
     if LEVEL > 0:
         lane = tl.arange(0, 32)
         channel = tl.minimum(first + lane // TILE * (BLOCK * TILE // 32), per_group_end - 1)
-        prefetch(pointer + tl.minimum(lane % TILE, last) * step + channel * stride_c, LEVEL)
+        prefetch(pointer + (t + tl.minimum(lane % TILE, last)) * step + channel * stride_c, LEVEL)
 
 
 @triton.jit
@@ -291,11 +292,12 @@ def wide_offsets(span: int, *tensors: Tensor | None) -> bool:
     """Whether the last channel of the token ``span`` tokens on is 2^31 elements or more away in one of the tensors
     (b, l, d), or in a contiguous one of the same shape: so it is in a channel-major view of a long sequence. Offsets of
     32 bits, which a program takes from its first token, would wrap round."""
-    return any(
-        max((x.shape[2] - 1) * x.stride(2) + span * x.stride(1), (span + 1) * x.shape[2]) >= 2**31
-        for x in tensors
-        if x is not None
-    )
+    for x in tensors:
+        if x is None or (x.untyped_storage().nbytes() < 2**31 and (span + 1) * x.shape[2] < 2**31):
+            continue
+        if max((x.shape[2] - 1) * x.stride(2) + span * x.stride(1), (span + 1) * x.shape[2]) >= 2**31:
+            return True
+    return False
 
 
 def strides(x: Tensor | None, dims: int) -> tuple[int, ...]:
@@ -305,4 +307,5 @@ def strides(x: Tensor | None, dims: int) -> tuple[int, ...]:
 
 def use_device(x: Tensor) -> AbstractContextManager[object]:
     """Triton launches on the current device: make it that of ``x``."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+    elsewhere = x.is_cuda and x.device.index != torch.cuda.current_device()
+    return torch.cuda.device(x.device) if elsewhere else nullcontext()

@@ -122,7 +122,7 @@ def backward_kernel(
     """Gradients of SEGMENT tokens of BLOCK channels.
 
     Walks forwards and WIDTH - 1 tokens beyond the segment: the gradient of a token is complete, and is written, when
-    the token leaves the window. ``dtaps`` (b, segments, WIDTH + 1, d) takes this program's share of the gradients of
+    the token leaves the window. ``dtaps`` (b * segments, WIDTH + 1, d) takes this program's share of the gradients of
     weight and bias.
     """
     batch, segment, group, _, c, mask = locate(per_group, groups, segments, BLOCK, WIDE)
@@ -212,6 +212,26 @@ def backward_kernel(
     at = dtaps + (batch * segments + segment) * (WIDTH + 1) * channels + c
     for i in tl.static_range(WIDTH + 1):
         tl.store(at + i * channels, sums[i], mask=mask)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def sum_taps_kernel(
+    dtaps, dweight, dbias, rows, channels, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    """dweight (d, WIDTH) and dbias (d,): the sums of dtaps (rows, WIDTH + 1, d) over its rows, in a fixed order."""
+    size = (WIDTH + 1) * channels
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < size
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for first in range(0, rows, ROWS):
+        row = first + tl.arange(0, ROWS)
+        at = dtaps + row.to(tl.int64)[:, None] * size + column[None, :]
+        total += tl.load(at, mask=(row < rows)[:, None] & inside[None, :], other=0.0)
+    total = tl.sum(total, axis=0)
+    tap, c = column // channels, column % channels
+    tl.store(dweight + c * WIDTH + tap, total.to(dweight.dtype.element_ty), mask=inside & (tap < WIDTH))
+    if dbias is not None:
+        tl.store(dbias + c, total.to(dbias.dtype.element_ty), mask=inside & (tap == WIDTH))
 
 
 @triton.jit

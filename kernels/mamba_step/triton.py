@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from seqssm.kernels.launching import cdiv, next_power_of_2
 from seqssm.kernels.triton_tiles import LOG2E, sigmoid, softplus, use_device
 
 # Rows of a projection, and channels of the scan, that a program takes.
@@ -44,20 +45,20 @@ def step(
     x = x.contiguous()
     overlap = OVERLAP and x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
     options = {"OVERLAP": overlap} | ({"launch_pdl": True} if overlap else {})
-    span_d, span_e = (min(_SPAN, triton.next_power_of_2(size)) for size in (d, e))
+    span_d, span_e = (min(_SPAN, next_power_of_2(size)) for size in (d, e))
     with use_device(x):
-        project_kernel[(triton.cdiv(2 * e, _ROWS), b)](
+        project_kernel[(cdiv(2 * e, _ROWS), b)](
             x, norm_weight, in_proj.contiguous(), in_bias, conv_state, conv_weight.contiguous(), conv_bias, projected,
             *conv_state.stride(), d, e, eps, WIDTH=conv_weight.shape[1], ROWS=_ROWS, SPAN=span_d, num_warps=2,
             **options,
         )  # fmt: skip
-        scan_kernel[(triton.cdiv(e, _CHANNELS), b)](
+        scan_kernel[(cdiv(e, _CHANNELS), b)](
             projected, x_proj.contiguous(), dt_proj.contiguous(), dt_bias, A_log.contiguous(), D, scan_state, y,
             *scan_state.stride(), e, n, r, BLOCK=_CHANNELS, SPAN=span_e,
-            BLOCK_N=triton.next_power_of_2(n), BLOCK_R=triton.next_power_of_2(r), num_warps=4,
+            BLOCK_N=next_power_of_2(n), BLOCK_R=next_power_of_2(r), num_warps=4,
             **options,
         )  # fmt: skip
-        output_kernel[(triton.cdiv(d, _ROWS), b)](
+        output_kernel[(cdiv(d, _ROWS), b)](
             x, y, out_proj.contiguous(), out_bias, out, d, e, ROWS=_ROWS, SPAN=span_e, num_warps=2, **options
         )
     return out

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from seqssm.kernels.launching import launcher
+from seqssm.kernels.launching import cdiv, launcher, next_power_of_2
 from seqssm.kernels.triton_tiles import use_device
 
 # Elements of a tile (whole rows), and rows of a program of the backward pass: the fewest programs that fill a GPU, so
@@ -29,7 +29,7 @@ def forward(
     total = None if added is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     with use_device(x):
         launcher("norm", "forward", subtract, eps, dtype, tensors=(x, added, weight))(
-            forward_kernel, triton.cdiv(n, block_r),
+            forward_kernel, cdiv(n, block_r),
             x, added, weight.contiguous(), y, total, n, d, eps,
             SUBTRACT=subtract, BLOCK_R=block_r, BLOCK_D=block_d, num_warps=warps,
         )  # fmt: skip
@@ -43,9 +43,9 @@ def backward(
     d = total.shape[-1]
     n = total.numel() // d
     block_d, block_r, warps = _blocks(d)
-    rows = min(_MOST_ROWS, triton.next_power_of_2(triton.cdiv(n, _ENOUGH_PROGRAMS)))
+    rows = min(_MOST_ROWS, next_power_of_2(cdiv(n, _ENOUGH_PROGRAMS)))
     tiles = max(1, rows // block_r)
-    programs = triton.cdiv(n, tiles * block_r)
+    programs = cdiv(n, tiles * block_r)
     dx = torch.empty(total.shape, dtype=total.dtype, device=total.device)
     own = added_dtype is not None and added_dtype != total.dtype
     dadded = torch.empty(total.shape, dtype=added_dtype, device=total.device) if own else None
@@ -63,7 +63,7 @@ def backward(
 
 def _blocks(d: int) -> tuple[int, int, int]:
     """Channels and rows of a tile, and warps."""
-    block_d = triton.next_power_of_2(d)
+    block_d = next_power_of_2(d)
     return block_d, max(1, _TILE // block_d), 4 if block_d <= 4096 else 16
 
 

@@ -6,10 +6,9 @@ import os
 from collections.abc import Callable
 
 import torch
-import triton
 from torch import Tensor
 
-from seqssm.kernels.launching import Launcher, launcher
+from seqssm.kernels.launching import Launcher, cdiv, launcher, next_power_of_2
 from seqssm.kernels.selective_scan.op import CHUNK
 from seqssm.kernels.selective_scan.triton_backward import gradient_kernel, history_kernel, unpack_kernel
 from seqssm.kernels.selective_scan.triton_forward import pack_kernel, pass_states_kernel, scan_kernel, step_kernel
@@ -32,7 +31,7 @@ _PART_HISTORY_BYTES = 2 << 30
 # resets do in the backward pass, which would spill.
 _SUMMARY_REGISTERS: int | None = 96
 _SCAN_REGISTERS: int | None = 128
-_HISTORY_REGISTERS: int | None = 208
+_HISTORY_REGISTERS: int | None = None
 _GRADIENT_REGISTERS: int | None = None
 # Segments through which a program passes states, where there are more than twice as many; and how many it reads ahead.
 _SPAN, _PASS_UNROLL, _PASS_BLOCK = (8, 4, 32) if _INTERPRET else (32, 8, 32)
@@ -73,13 +72,13 @@ def forward(
     mask = reverse_mask(reverse)
     y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
     final_state = _float32(b, d, n, like=u)
-    states = _float32(b, triton.cdiv(l, CHUNK), d, n, like=u) if save_states else _float32(0, like=u)
+    states = _float32(b, cdiv(l, CHUNK), d, n, like=u) if save_states else _float32(0, like=u)
     block = _fit_block(d // g)
-    programs = b * g * triton.cdiv(d // g, block)  # a segment
+    programs = b * g * cdiv(d // g, block)  # a segment
     segment = _SEGMENT
-    while segment > _SHORTEST_SEGMENT and programs * triton.cdiv(l, segment) < _ENOUGH_PROGRAMS:
+    while segment > _SHORTEST_SEGMENT and programs * cdiv(l, segment) < _ENOUGH_PROGRAMS:
         segment //= 2
-    segments = triton.cdiv(l, segment)
+    segments = cdiv(l, segment)
     ends = segments + (join is not None)  # a part's own end is the state that enters one more segment, without tokens
     A2 = _transposed_log2(A)
     carry = _float32(b, ends, n, d, like=u, spare=d)
@@ -110,7 +109,9 @@ def forward(
         if join is not None:
             own = carry.clone()
             _pass_states(launch, own, total_steps, A2, None, None, None, ends, 1)
-            initial_state = _contiguous32(join(own[:, -1].mT.contiguous(), total_steps[:, :-1].sum(1)))
+            entering = join(own[:, -1].mT.contiguous(), total_steps[:, :-1].sum(1))
+            # A copy in any case: the launcher knows the alignment of tensors of its own only.
+            initial_state = entering.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
             total_steps = total_steps[:, :-1].contiguous()
             carry = _float32(b, segments, n, d, like=u, spare=d).copy_(carry[:, :-1])
         if segments > 1:
@@ -156,7 +157,7 @@ def backward(
     tile, block = _TILE, _fit_block(d // g)
     whole = l % tile == 0 and d // g % block == 0
     wide = wide_offsets(CHUNK, u, delta, z, dy, dz)
-    chunks = triton.cdiv(l, CHUNK)
+    chunks = cdiv(l, CHUNK)
     room = _HISTORY_BYTES if join is None else _PART_HISTORY_BYTES
     slab = max(1, min(chunks, room // (4 * b * (CHUNK // tile) * n * d)))
     A2 = _transposed_log2(A)
@@ -165,7 +166,7 @@ def backward(
         dz = torch.empty(u.shape, dtype=z.dtype, device=u.device)
     if dB is None or dC is None:
         dB, dC = (torch.empty(B.shape, dtype=x.dtype, device=u.device) for x in (B, C))
-    blocks = triton.cdiv(d // g, block)
+    blocks = cdiv(d // g, block)
     history = _float32(b, slab * (CHUNK // tile), n, d, like=u, spare=d)
     adjoint, dA = (_float32(b, slab, n, d, like=u, spare=d) for _ in range(2))
     total_steps, dD, dbias = (_float32(b, slab, d, like=u) for _ in range(3))
@@ -216,7 +217,7 @@ def backward(
             )  # fmt: skip
             block_t, block_n = _pack_block(count * CHUNK, n)
             launch(
-                unpack_kernel, b * g * triton.cdiv(count * CHUNK, block_t),
+                unpack_kernel, b * g * cdiv(count * CHUNK, block_t),
                 dpacked, dB, dC, *dB.stride()[:3], first * CHUNK, tiles, l, g, blocks, n, mask,
                 TILE=tile, BLOCK_T=block_t, BLOCK_N=block_n,
             )  # fmt: skip
@@ -249,11 +250,11 @@ def step(
     b, d = u.shape
     n, g = A.shape[1], B.shape[1]
     y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
-    block_n = min(triton.next_power_of_2(n), 32)
+    block_n = min(next_power_of_2(n), 32)
     block = 1024 // block_n if d > 4096 else 256 // block_n
     with use_device(u):
         launcher("scan", "step", delta_softplus, tensors=(state, u, delta, A, B, C, D, z, delta_bias))(
-            step_kernel, b * triton.cdiv(d, block),
+            step_kernel, b * cdiv(d, block),
             state, u, delta, A, B, C, D, z, delta_bias, y,
             *state.stride(), *u.stride(), *delta.stride(), *A.stride(), *B.stride(), *C.stride(), *strides(z, 2),
             d, g, n, SOFTPLUS=delta_softplus, BLOCK=block, BLOCK_N=block_n, num_warps=2,
@@ -275,8 +276,8 @@ def _pass_states(
 ) -> None:
     """Turn what segments yield into what enters them: where there are many, by spans of them side by side."""
     b, _, n, d = carry.shape
-    blocks = triton.cdiv(n * d, _PASS_BLOCK)
-    spans = triton.cdiv(segments, _SPAN) if segments > 2 * _SPAN else 1
+    blocks = cdiv(n * d, _PASS_BLOCK)
+    spans = cdiv(segments, _SPAN) if segments > 2 * _SPAN else 1
     options = {"UNROLL": _PASS_UNROLL, "BLOCK": _PASS_BLOCK, "num_warps": 1}
     outer = outer_steps = None
     if spans > 1:
@@ -305,11 +306,11 @@ def _pack(
     """B and C (b, l, g, n) of ``tokens`` tokens from ``start``, in scan order and float32, as pairs in int64
     (b, g, tiles, n, 2, tile/2); and the number of tiles."""
     b, _, g, n = B.shape
-    tiles = triton.cdiv(tokens, tile)
+    tiles = cdiv(tokens, tile)
     packed = _float32(b, g, tiles, n, 2, tile, like=B, spare=2 * tile)
     block_t, block_n = _pack_block(tokens, n)
     launch(
-        pack_kernel, b * g * triton.cdiv(tiles * tile, block_t),
+        pack_kernel, b * g * cdiv(tiles * tile, block_t),
         B, C, packed, *B.stride(), *C.stride(), start, tiles, length, g, n, reverse_mask,
         TILE=tile, BLOCK_T=block_t, BLOCK_N=block_n,
     )  # fmt: skip
@@ -328,7 +329,7 @@ def _warp_sums(tile: int, block: int) -> dict[str, str | int | None]:
 
 def _pack_block(tokens: int, states: int) -> tuple[int, int]:
     """Tokens and states of a program of the pack and unpack kernels."""
-    return 128, min(triton.next_power_of_2(states), 32)
+    return 128, min(next_power_of_2(states), 32)
 
 
 def _fit_block(channels: int) -> int:

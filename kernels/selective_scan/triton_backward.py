@@ -25,8 +25,8 @@ from seqssm.kernels.triton_tiles import (
     prefetch_rows,
     rows,
     sigmoid,
-    step_sizes,
     stack,
+    step_sizes,
     store_tile,
     sum_and_store,
     unstack,
@@ -87,20 +87,15 @@ def history_kernel(
             gates = load_tile(z_row, z_step, c * z_c, t, mask, count, TILE, WHOLE)
         # What the next tile is the first to read is asked for a whole tile ahead, as in the forward kernel.
         if t + TILE < tokens:
-            last = count - TILE - 1
-            prefetch_numbers(packed + (t + TILE) * states, TILE * states, PREFETCH)
-            prefetch_rows(u_row + (t + TILE) * u_step, u_step, u_c, first_channel, last, end_channel, TILE, BLOCK, PREFETCH)
+            ahead, last = t + TILE, count - TILE - 1
+            prefetch_numbers(packed + ahead * states, TILE * states, PREFETCH)
+            prefetch_rows(u_row, u_step, u_c, ahead, first_channel, last, end_channel, TILE, BLOCK, PREFETCH)
             prefetch_rows(
-                delta_row + (t + TILE) * delta_step, delta_step, delta_c, first_channel, last, end_channel,
-                TILE, BLOCK, PREFETCH,
-            )  # fmt: skip
-            prefetch_rows(
-                dy_row + (t + TILE) * dy_step, dy_step, dy_c, first_channel, last, end_channel, TILE, BLOCK, PREFETCH
+                delta_row, delta_step, delta_c, ahead, first_channel, last, end_channel, TILE, BLOCK, PREFETCH
             )
+            prefetch_rows(dy_row, dy_step, dy_c, ahead, first_channel, last, end_channel, TILE, BLOCK, PREFETCH)
             if z is not None:
-                prefetch_rows(
-                    z_row + (t + TILE) * z_step, z_step, z_c, first_channel, last, end_channel, TILE, BLOCK, PREFETCH
-                )
+                prefetch_rows(z_row, z_step, z_c, ahead, first_channel, last, end_channel, TILE, BLOCK, PREFETCH)
         steps = step_sizes(raw_steps, offset, count, SOFTPLUS, TILE, WHOLE)
         inputs = inputs.to(tl.float32)
         grads = grads.to(tl.float32)
@@ -231,21 +226,15 @@ def gradient_kernel(
     while t >= 0:
         # What the tile before this one is the first to read is asked for a whole tile ahead; all its rows are there.
         if t > 0:
-            prefetch_numbers(packed + (t - TILE) * states, TILE * states, PREFETCH)
+            ahead = t - TILE
+            prefetch_numbers(packed + ahead * states, TILE * states, PREFETCH)
+            prefetch_rows(u_row, u_step, u_c, ahead, first_channel, TILE - 1, end_channel, TILE, BLOCK, PREFETCH)
             prefetch_rows(
-                u_row + (t - TILE) * u_step, u_step, u_c, first_channel, TILE - 1, end_channel, TILE, BLOCK, PREFETCH
+                delta_row, delta_step, delta_c, ahead, first_channel, TILE - 1, end_channel, TILE, BLOCK, PREFETCH
             )
-            prefetch_rows(
-                delta_row + (t - TILE) * delta_step, delta_step, delta_c, first_channel, TILE - 1, end_channel,
-                TILE, BLOCK, PREFETCH,
-            )  # fmt: skip
-            prefetch_rows(
-                dy_row + (t - TILE) * dy_step, dy_step, dy_c, first_channel, TILE - 1, end_channel, TILE, BLOCK, PREFETCH
-            )
+            prefetch_rows(dy_row, dy_step, dy_c, ahead, first_channel, TILE - 1, end_channel, TILE, BLOCK, PREFETCH)
             if z is not None:
-                prefetch_rows(
-                    z_row + (t - TILE) * z_step, z_step, z_c, first_channel, TILE - 1, end_channel, TILE, BLOCK, PREFETCH
-                )
+                prefetch_rows(z_row, z_step, z_c, ahead, first_channel, TILE - 1, end_channel, TILE, BLOCK, PREFETCH)
             if PREFETCH > 0:
                 # The states entering it: 32 / (BLOCK / 8) of them at a time, by sectors of 8 channels.
                 lane = tl.arange(0, 32)

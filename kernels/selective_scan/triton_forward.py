@@ -22,8 +22,8 @@ from seqssm.kernels.triton_tiles import (
     rows,
     sigmoid,
     softplus,
-    step_sizes,
     stack,
+    step_sizes,
     store_tile,
     unstack,
 )
@@ -120,17 +120,14 @@ def scan_kernel(
             gates = load_tile(z_row, z_step, c * z_c, t, mask, count, TILE, WHOLE)
         # What the next tile is the first to read comes from far away: it is asked for a whole tile ahead.
         if t + TILE < tokens:
-            last = count - TILE - 1
-            prefetch_numbers(packed + (t + TILE) * states, TILE * states, PREFETCH)
-            prefetch_rows(u_row + (t + TILE) * u_step, u_step, u_c, first_channel, last, end_channel, TILE, BLOCK, PREFETCH)
+            ahead, last = t + TILE, count - TILE - 1
+            prefetch_numbers(packed + ahead * states, TILE * states, PREFETCH)
+            prefetch_rows(u_row, u_step, u_c, ahead, first_channel, last, end_channel, TILE, BLOCK, PREFETCH)
             prefetch_rows(
-                delta_row + (t + TILE) * delta_step, delta_step, delta_c, first_channel, last, end_channel,
-                TILE, BLOCK, PREFETCH,
-            )  # fmt: skip
+                delta_row, delta_step, delta_c, ahead, first_channel, last, end_channel, TILE, BLOCK, PREFETCH
+            )
             if not SUMMARY and z is not None:
-                prefetch_rows(
-                    z_row + (t + TILE) * z_step, z_step, z_c, first_channel, last, end_channel, TILE, BLOCK, PREFETCH
-                )
+                prefetch_rows(z_row, z_step, z_c, ahead, first_channel, last, end_channel, TILE, BLOCK, PREFETCH)
         inputs = inputs.to(tl.float32)
         steps = step_sizes(raw_steps, offset, count, SOFTPLUS, TILE, WHOLE)
         drives = unstack(inputs * steps, TILE, BLOCK)

@@ -3,10 +3,9 @@
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
-from seqssm.kernels.launching import Launcher, launcher
+from seqssm.kernels.launching import Launcher, cdiv, launcher, next_power_of_2
 from seqssm.kernels.ssd.triton_backward import input_kernel, keep_kernel, reduce_kernel, sum_kernel
 from seqssm.kernels.ssd.triton_forward import output_kernel, pass_kernel, prepare_kernel, step_kernel, walk_kernel
 from seqssm.kernels.triton_tiles import reverse_mask, strides, use_device
@@ -135,8 +134,8 @@ def backward(
     )
     kept_dtype = torch.float32 if plan.exact else x.dtype
     segment_bytes = 2 * kept_dtype.itemsize * b * plan.per_segment * h * plan.state_size
-    slabs = triton.cdiv(plan.segments, max(1, _KEPT_BYTES // segment_bytes))
-    slab = triton.cdiv(plan.segments, slabs)
+    slabs = cdiv(plan.segments, max(1, _KEPT_BYTES // segment_bytes))
+    slab = cdiv(plan.segments, slabs)
     kept_size = b * slab * plan.per_segment * h * plan.state_size
     entering, leaving = (torch.empty(kept_size, dtype=kept_dtype, device=x.device) for _ in range(2))
     with use_device(x):
@@ -206,12 +205,12 @@ def step(
     b, h, p = x.shape
     g, n = B.shape[1:]
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    block_n = triton.next_power_of_2(n)
-    block_p = min(triton.next_power_of_2(p), max(1, 2048 // block_n))
+    block_n = next_power_of_2(n)
+    block_p = min(next_power_of_2(p), max(1, 2048 // block_n))
     with use_device(x):
         launch = launcher("ssd", "step", dt_softplus, tensors=(state, x, dt, A, B, C, D, z, dt_bias))
         launch(
-            step_kernel, b * h * triton.cdiv(p, block_p),
+            step_kernel, b * h * cdiv(p, block_p),
             state, x, dt, A, B, C, D, z, dt_bias, y,
             *state.stride(), *x.stride(), *dt.stride(), *A.stride(), *B.stride(), *C.stride(),
             *_skip_strides(D), *strides(z, 3), *strides(dt_bias, 1), h, h // g, p, n,
@@ -247,14 +246,14 @@ class _Scan:
             "BLOCK_P": plan.block_p,
             "BLOCKS": plan.blocks,
         }
-        block_h = min(triton.next_power_of_2(self.h), 16)
+        block_h = min(next_power_of_2(self.h), 16)
         padded = plan.chunks * plan.chunk
         steps = _float32(self.b, self.h, padded, like=x)
         logs = torch.empty_like(steps, dtype=torch.float64 if plan.exact else torch.float32)
         resets = None if seq_idx is None else torch.empty_like(steps, dtype=torch.int32)
         self.decays = (steps, logs, resets)
         self.launch(
-            prepare_kernel, self.b * plan.chunks * triton.cdiv(self.h, block_h),
+            prepare_kernel, self.b * plan.chunks * cdiv(self.h, block_h),
             dt, A, dt_bias, seq_idx, *self.decays,
             *dt.stride(), *A.stride(), *strides(dt_bias, 1), *strides(seq_idx, 2),
             self.l, padded, self.h, self.h // g, self.sizes[-1],
@@ -287,7 +286,7 @@ def _pass_states(launch: Launcher, carry: Tensor, totals: Tensor, entering: Tens
     block = 64
     at = (0, 0, 0, 0) if entering is None else (*entering.stride()[:2], entering.stride(3), entering.stride(2))
     launch(
-        pass_kernel, b * h * triton.cdiv(n * p, block),
+        pass_kernel, b * h * cdiv(n * p, block),
         carry, totals, entering, *at, segments, h, p, n * p, BACKWARD=backward, UNROLL=16, BLOCK=block, num_warps=1,
     )  # fmt: skip
 
@@ -305,12 +304,12 @@ def _carried(states: Tensor, single: Tensor | None) -> tuple[Tensor | int | None
 def _plan(x: Tensor, B: Tensor, C: Tensor, chunk: int | None) -> _Plan:
     l, p = x.shape[1], x.shape[3]
     exact = x.dtype == torch.float32 or not x.dtype == B.dtype == C.dtype
-    q = min(_CHUNK[exact], max(16, triton.next_power_of_2(min(chunk or _CHUNK[exact], l))))
+    q = min(_CHUNK[exact], max(16, next_power_of_2(min(chunk or _CHUNK[exact], l))))
     segment, segments = _segments(x)
-    chunks = triton.cdiv(l, q)
-    block_n = max(16, triton.next_power_of_2(B.shape[3]))
+    chunks = cdiv(l, q)
+    block_n = max(16, next_power_of_2(B.shape[3]))
     narrowest = 16 if exact else _NARROWEST.get(block_n, 64)
-    block_p = min(_BLOCK_P[exact], max(narrowest, triton.next_power_of_2(p)))
+    block_p = min(_BLOCK_P[exact], max(narrowest, next_power_of_2(p)))
     return _Plan(
         exact=exact,
         chunk=q,
@@ -319,7 +318,7 @@ def _plan(x: Tensor, B: Tensor, C: Tensor, chunk: int | None) -> _Plan:
         segments=segments,
         block_n=block_n,
         block_p=block_p,
-        blocks=triton.cdiv(p, block_p),
+        blocks=cdiv(p, block_p),
     )
 
 
@@ -327,9 +326,9 @@ def _segments(x: Tensor) -> tuple[int, int]:
     """Tokens of a segment, the same for any dtype, and the number of segments."""
     b, l, h, p = x.shape
     segment = _SEGMENT
-    while segment > _SHORTEST_SEGMENT and b * h * triton.cdiv(p, 64) * triton.cdiv(l, segment) < _ENOUGH_PROGRAMS:
+    while segment > _SHORTEST_SEGMENT and b * h * cdiv(p, 64) * cdiv(l, segment) < _ENOUGH_PROGRAMS:
         segment //= 2
-    return segment, triton.cdiv(l, segment)
+    return segment, cdiv(l, segment)
 
 
 def _head_splits(programs: int, heads: int) -> int:
