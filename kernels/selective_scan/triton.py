@@ -12,6 +12,7 @@ from seqssm.kernels.launching import Launcher, cdiv, launcher, next_power_of_2
 from seqssm.kernels.selective_scan.op import CHUNK
 from seqssm.kernels.selective_scan.triton_backward import gradient_kernel, history_kernel, unpack_kernel
 from seqssm.kernels.selective_scan.triton_forward import pack_kernel, pass_states_kernel, scan_kernel, step_kernel
+from seqssm.kernels.selective_scan.triton_single import LANES, single_scan_kernel
 from seqssm.kernels.triton_tiles import reverse_mask, strides, sum_and_store_assembly, use_device, wide_offsets
 
 _LOG2E = 1.4426950408889634
@@ -35,6 +36,9 @@ _HISTORY_REGISTERS: int | None = None
 _GRADIENT_REGISTERS: int | None = None
 # Segments through which a program passes states, where there are more than twice as many; and how many it reads ahead.
 _SPAN, _PASS_UNROLL, _PASS_BLOCK = (8, 4, 32) if _INTERPRET else (32, 8, 32)
+# Where programs of _SINGLE_BLOCK channels alone are enough to fill the GPU, with few enough states to keep in
+# registers, one kernel scans whole sequences. It takes _SINGLE_TILES times LANES tokens at a time.
+_SINGLE_BLOCK, _SINGLE_TILES, _SINGLE_STATES, _SINGLE_PROGRAMS = 8, 2, 32, 1024
 # States that a kernel takes together, where their number is a multiple of it.
 _SUMMARY_UNROLL, _SCAN_UNROLL, _HISTORY_UNROLL = 2, 2, 2
 # The cache into which a tile's memory is brought while the tile before it is computed: 1 or 2, or 0 for none.
@@ -70,9 +74,16 @@ def forward(
     n = A.shape[1]
     g = B.shape[2]
     mask = reverse_mask(reverse)
-    y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
+    D, delta_bias = (None if x is None else x.contiguous() for x in (D, delta_bias))
+    y = torch.empty_like(u, memory_format=torch.contiguous_format)
     final_state = _float32(b, d, n, like=u)
     states = _float32(b, cdiv(l, CHUNK), d, n, like=u) if save_states else _float32(0, like=u)
+    if join is None and n <= _SINGLE_STATES and b * g * cdiv(d // g, _SINGLE_BLOCK) >= _SINGLE_PROGRAMS:
+        _scan_whole(
+            u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, seq_idx, reverse, y, final_state,
+            states if save_states else None,
+        )  # fmt: skip
+        return y, final_state, states
     block = _fit_block(d // g)
     programs = b * g * cdiv(d // g, block)  # a segment
     segment = _SEGMENT
@@ -121,6 +132,45 @@ def forward(
     return y, final_state, states
 
 
+def _scan_whole(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    initial_state: Tensor | None,
+    seq_idx: Tensor | None,
+    reverse: tuple[bool, ...],
+    y: Tensor,
+    final_state: Tensor,
+    saved: Tensor | None,
+) -> None:
+    """``forward`` in one kernel, with a program for _SINGLE_BLOCK channels of one sequence."""
+    b, l, d = u.shape
+    n, g = A.shape[1], B.shape[2]
+    share = next_power_of_2(cdiv(n, LANES.value))
+    tokens = _SINGLE_TILES * LANES.value
+    whole = l % tokens == 0 and d // g % _SINGLE_BLOCK == 0 and n == share * LANES.value
+    mask = reverse_mask(reverse)
+    A = A.contiguous()
+    initial_state = _contiguous32(initial_state)
+    with use_device(u):
+        tensors = (u, delta, z, A, B, C, D, delta_bias, initial_state, seq_idx)
+        launch = launcher("scan", "whole", delta_softplus, reverse, saved is None, tensors=tensors)
+        packed, _ = _pack(launch, B, C, 0, l, l, mask, 1)
+        launch(
+            single_scan_kernel, b * g * cdiv(d // g, _SINGLE_BLOCK),
+            u, delta, z, y, packed, A, D, delta_bias, initial_state, final_state, saved, seq_idx,
+            *u.stride(), *delta.stride(), *strides(z, 3), *strides(seq_idx, 2), l, d, d // g, g, n, mask,
+            SOFTPLUS=delta_softplus, WHOLE=whole, WIDE=wide_offsets(l, u, delta, z), CHUNK=CHUNK,
+            TILES=_SINGLE_TILES, BLOCK=_SINGLE_BLOCK, SHARE=share, num_warps=1,
+        )  # fmt: skip
+
+
 def backward(
     dy: Tensor,
     dfinal_state: Tensor,
@@ -154,6 +204,7 @@ def backward(
     n = A.shape[1]
     g = B.shape[2]
     mask = reverse_mask(reverse)
+    D, delta_bias = (None if x is None else x.contiguous() for x in (D, delta_bias))
     tile, block = _TILE, _fit_block(d // g)
     whole = l % tile == 0 and d // g % block == 0
     wide = wide_offsets(CHUNK, u, delta, z, dy, dz)
@@ -250,6 +301,7 @@ def step(
     b, d = u.shape
     n, g = A.shape[1], B.shape[1]
     y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
+    D, delta_bias = (None if x is None else x.contiguous() for x in (D, delta_bias))
     block_n = min(next_power_of_2(n), 32)
     block = 1024 // block_n if d > 4096 else 256 // block_n
     with use_device(u):
@@ -304,10 +356,10 @@ def _pack(
     launch: Launcher, B: Tensor, C: Tensor, start: int, tokens: int, length: int, reverse_mask: int, tile: int
 ) -> tuple[Tensor, int]:
     """B and C (b, l, g, n) of ``tokens`` tokens from ``start``, in scan order and float32, as pairs in int64
-    (b, g, tiles, n, 2, tile/2); and the number of tiles."""
+    (b, g, tiles, n, tile); and the number of tiles."""
     b, _, g, n = B.shape
     tiles = cdiv(tokens, tile)
-    packed = _float32(b, g, tiles, n, 2, tile, like=B, spare=2 * tile)
+    packed = _float32(b, g, tiles, n, 2 * tile, like=B, spare=2 * tile)
     block_t, block_n = _pack_block(tokens, n)
     launch(
         pack_kernel, b * g * cdiv(tiles * tile, block_t),

@@ -1,0 +1,129 @@
+# mypy: ignore-errors
+# (these functions are Triton's language, which Python's types do not describe)
+"""Triton kernel of the forward selective scan for so many sequences and channels that the length need not be cut."""
+
+import triton
+import triton.language as tl
+
+from seqssm.kernels.triton_tiles import (
+    LOG2E,
+    load_channels,
+    load_keeps,
+    load_tile,
+    locate,
+    rows,
+    sigmoid,
+    step_sizes,
+    store_tile,
+)
+
+# Lanes that share the states of a channel, which are as many tokens as are prepared side by side.
+LANES = tl.constexpr(4)
+
+
+@triton.jit
+def _load_tiles(pointer, step, offsets, t, mask, length, TILES: tl.constexpr, WHOLE: tl.constexpr):
+    """TILES times LANES rows (LANES, BLOCK) from row ``t`` on."""
+    tiles = ()
+    for i in tl.static_range(TILES):
+        first = t + i * LANES
+        tiles += (load_tile(pointer, step, offsets, first, mask, length - first, LANES, WHOLE),)
+    return tiles
+
+
+@triton.jit
+def _exchange(low, high, BIT: tl.constexpr):
+    """``low`` (LANES, BLOCK) in the lanes without BIT and ``high`` in the others, each plus the other lane's."""
+    lane = tl.arange(0, LANES)[:, None]
+    other = tl.broadcast_to(lane ^ BIT, low.shape)
+    upper = (lane & BIT) != 0
+    return tl.where(upper, high, low) + tl.gather(tl.where(upper, low, high), other, 0)
+
+
+@triton.jit(do_not_specialize=["length", "reverse_mask"])
+def single_scan_kernel(
+    u, delta, z, y, packed, A, D, bias, initial_state, final_state, saved, seq_idx,
+    u_b, u_t, u_c, delta_b, delta_t, delta_c, z_b, z_t, z_c, seq_b, seq_t,
+    length, channels, per_group, groups, states, reverse_mask,
+    SOFTPLUS: tl.constexpr, WHOLE: tl.constexpr, WIDE: tl.constexpr, CHUNK: tl.constexpr, TILES: tl.constexpr,
+    BLOCK: tl.constexpr, SHARE: tl.constexpr,
+):  # fmt: skip
+    """Scan a whole sequence of BLOCK channels: y (b, l, d), the final state (b, d, n) and, into ``saved``
+    (b, chunks, n, d) or None, the states entering every CHUNK tokens.
+
+    A tensor (LANES, BLOCK) holds, for what belongs to a token, LANES tokens; and (LANES, BLOCK, SHARE) the states of a
+    channel. ``A`` (d, n) is contiguous; ``packed`` (b, g, l, n) has B and C side by side in scan order. WHOLE says that
+    the length is a multiple of TILES * LANES, the channels of a group one of BLOCK, and n = LANES * SHARE.
+    """
+    batch, _, group, _, c, mask = locate(per_group, groups, 1, BLOCK, WIDE)
+    direction = 1 - 2 * ((reverse_mask >> group) & 1)
+    lane = tl.arange(0, LANES)[:, None]
+    n = lane * SHARE + tl.arange(0, SHARE)[None, :]  # (LANES, SHARE)
+    there = n < states
+    inside = mask[None, :, None] & there[:, None, :]
+    start = tl.zeros((), tl.int32)
+    u_row, u_step = rows(u, batch, start, length, direction, u_b, u_t)
+    delta_row, delta_step = rows(delta, batch, start, length, direction, delta_b, delta_t)
+    y_row, y_step = rows(y, batch, start, length, direction, length.to(tl.int64) * channels, channels)
+    at = c[None, :, None] * states + n[:, None, :]
+    a2 = tl.load(A + at, mask=inside, other=0.0).to(tl.float32) * LOG2E
+    h = tl.zeros([LANES, BLOCK, SHARE], tl.float32)
+    if initial_state is not None:
+        h = tl.load(initial_state + batch * channels * states + at, mask=inside, other=0.0)
+    offset = tl.zeros([BLOCK], tl.float32)
+    if bias is not None:
+        offset = load_channels(bias + c, mask).to(tl.float32)
+    skip = tl.zeros([BLOCK], tl.float32)
+    if D is not None:
+        skip = load_channels(D + c, mask).to(tl.float32)
+    packed += (batch * groups + group) * length * states + n
+    if saved is not None:
+        saved += batch * tl.cdiv(length, CHUNK) * states * channels
+    next_inputs = _load_tiles(u_row, u_step, c * u_c, start, mask, length, TILES, WHOLE)
+    next_raws = _load_tiles(delta_row, delta_step, c * delta_c, start, mask, length, TILES, WHOLE)
+    next_gates = next_raws
+    if z is not None:
+        z_row, z_step = rows(z, batch, start, length, direction, z_b, z_t)
+        next_gates = _load_tiles(z_row, z_step, c * z_c, start, mask, length, TILES, WHOLE)
+    for t in range(0, length, TILES * LANES):
+        if saved is not None:  # noqa: SIM102  (the compiler must know this half alone)
+            if t % CHUNK == 0:
+                tl.store(saved + n[:, None, :] * channels + c[None, :, None], h, mask=inside)
+                saved += states * channels
+        inputs, raws, gates = next_inputs, next_raws, next_gates
+        # The next tokens are read ahead; behind the last ones they are the last ones again.
+        ahead = tl.minimum(t + TILES * LANES, (tl.cdiv(length, TILES * LANES) - 1) * TILES * LANES)
+        next_inputs = _load_tiles(u_row, u_step, c * u_c, ahead, mask, length, TILES, WHOLE)
+        next_raws = _load_tiles(delta_row, delta_step, c * delta_c, ahead, mask, length, TILES, WHOLE)
+        if z is not None:
+            next_gates = _load_tiles(z_row, z_step, c * z_c, ahead, mask, length, TILES, WHOLE)
+        for i in tl.static_range(TILES):
+            first = t + i * LANES
+            count = length - first
+            x = inputs[i].to(tl.float32)
+            steps = step_sizes(raws[i], offset, count, SOFTPLUS, LANES, WHOLE)
+            drives = steps * x
+            if seq_idx is not None:
+                keeps = load_keeps(seq_idx, batch, first, length, direction, seq_b, seq_t, count, LANES)
+            parts = ()
+            for j in tl.static_range(LANES):
+                token = tl.full([LANES, BLOCK], j, tl.int32)
+                step = tl.gather(steps, token, 0)[:, :, None]
+                drive = tl.gather(drives, token, 0)[:, :, None]
+                if WHOLE:
+                    pair = tl.load(packed + (first + j) * states)
+                else:
+                    pair = tl.load(packed + (first + j) * states, mask=there & (j < count), other=0)
+                b = pair.to(tl.int32).to(tl.float32, bitcast=True)[:, None, :]
+                read = (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)[:, None, :]
+                decay = tl.exp2(step * a2)
+                if seq_idx is not None:
+                    decay *= keeps[j]
+                h = decay * h + drive * b
+                parts += (tl.sum(h * read, axis=2),)
+            out = _exchange(_exchange(parts[0], parts[2], 2), _exchange(parts[1], parts[3], 2), 1) + skip[None, :] * x
+            if z is not None:
+                gate = gates[i].to(tl.float32)
+                out = out * gate * sigmoid(gate)
+            store_tile(y_row, y_step, c, first, mask, count, out, LANES, WHOLE)
+    tl.store(final_state + batch * channels * states + at, h, mask=inside)
