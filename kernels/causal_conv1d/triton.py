@@ -33,6 +33,7 @@ def forward(
     b, l, d = x.shape
     k = weight.shape[1]
     parts = len(reverse)
+    bias = None if bias is None else bias.contiguous()
     blocks = b * parts * cdiv(d // parts, _BLOCK)
     segment = _segment(blocks, l, k)
     segments = cdiv(l, segment)
@@ -67,6 +68,7 @@ def backward(
     b, l, d = x.shape
     k = weight.shape[1]
     parts = len(reverse)
+    bias = None if bias is None else bias.contiguous()
     blocks = b * parts * cdiv(d // parts, _BLOCK)
     segment = _segment(blocks, l, k) - (k - 1)  # with the tokens beyond its end, a program then takes whole tiles
     segments = cdiv(l, segment)
@@ -80,10 +82,10 @@ def backward(
     dtaps = x.new_empty((b * segments, k + 1, d), dtype=torch.float32)
     dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
     dbias = None if bias is None else torch.empty_like(bias, memory_format=torch.contiguous_format)
-    with use_device(x):
-        dfinal_state = None if dfinal_state is None else dfinal_state.contiguous()
-        tensors = (dy, dfinal_state, dx, x, weight, bias, initial_state, seq_idx)
-        launch = launcher("conv", "backward", activation, reverse, tensors=tensors)
+    dfinal_state = None if dfinal_state is None else dfinal_state.contiguous()
+    tensors = (dy, dfinal_state, dx, x, weight, bias, initial_state, seq_idx)
+    launch = launcher("conv", "backward", activation, reverse, tensors=tensors)
+    with use_device(x), launch.together():
         launch(
             backward_kernel, blocks * segments,
             dy, dfinal_state, x, weight.contiguous(), bias, initial_state, seq_idx, dx, dtaps,
@@ -109,6 +111,7 @@ def _segment(blocks: int, length: int, taps: int) -> int:
 def step(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, activation: bool) -> Tensor:
     """One token: shifts the state (b, d, k-1) in place, returns y (b, d). One launch, so a CUDA graph can hold it."""
     b, d = x.shape
+    bias = None if bias is None else bias.contiguous()
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     block = 128
     with use_device(x):

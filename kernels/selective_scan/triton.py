@@ -4,6 +4,7 @@ import functools
 import math
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -96,9 +97,9 @@ def forward(
     initial_state = _contiguous32(initial_state)
     whole = l % _TILE == 0 and d // g % block == 0
     wide = wide_offsets(CHUNK, u, delta, z)
-    with use_device(u):
-        tensors = (u, delta, z, B, C, D, delta_bias, initial_state, seq_idx)
-        launch = launcher("scan", "forward", delta_softplus, reverse, save_states, join is None, n, tensors=tensors)
+    tensors = (u, delta, z, B, C, D, delta_bias, initial_state, seq_idx)
+    launch = launcher("scan", "forward", delta_softplus, reverse, save_states, join is None, n, tensors=tensors)
+    with use_device(u), launch.together() if join is None else nullcontext():
         packed, tiles = _pack(launch, B, C, 0, l, l, mask, _TILE)
         total_steps = _float32(b, ends, d, like=u)
 
@@ -158,9 +159,9 @@ def _scan_whole(
     mask = reverse_mask(reverse)
     A = A.contiguous()
     initial_state = _contiguous32(initial_state)
-    with use_device(u):
-        tensors = (u, delta, z, A, B, C, D, delta_bias, initial_state, seq_idx)
-        launch = launcher("scan", "whole", delta_softplus, reverse, saved is None, tensors=tensors)
+    tensors = (u, delta, z, A, B, C, D, delta_bias, initial_state, seq_idx)
+    launch = launcher("scan", "whole", delta_softplus, reverse, saved is None, tensors=tensors)
+    with use_device(u), launch.together():
         packed, _ = _pack(launch, B, C, 0, l, l, mask, 1)
         launch(
             single_scan_kernel, b * g * cdiv(d // g, _SINGLE_BLOCK),
@@ -241,9 +242,9 @@ def backward(
         )  # fmt: skip
         return packed, tiles
 
-    with use_device(u):
-        tensors = (u, delta, z, dy, B, C, D, delta_bias, initial_state, seq_idx, dz, y, dB, dC)
-        launch = launcher("scan", "backward", delta_softplus, reverse, join is None, n, tensors=tensors)
+    tensors = (u, delta, z, dy, B, C, D, delta_bias, initial_state, seq_idx, dz, y, dB, dC)
+    launch = launcher("scan", "backward", delta_softplus, reverse, join is None, n, tensors=tensors)
+    with use_device(u), launch.together() if join is None else nullcontext():
         made: tuple[Tensor, int] | None = None
         if join is not None:
             own, total = dstate.clone(), torch.zeros_like(total_steps[:, 0])
