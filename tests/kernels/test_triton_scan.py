@@ -69,10 +69,26 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, name, value)
 
 
+@pytest.fixture
+def whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One kernel for whole sequences, however few there are."""
+    module = importlib.import_module("seqssm.kernels.selective_scan.triton")
+    monkeypatch.setattr(module, "_SINGLE_PROGRAMS", 1)
+    monkeypatch.setattr(module, "_SINGLE_STATES", 256)
+
+
 @interpreted
 @pytest.mark.usefixtures("tiny")
 @pytest.mark.parametrize("name", TINY)
 def test_accuracy_float32(name: str) -> None:
+    case = TINY[name]
+    assert_accurate(case, run(case, inputs_in(case, torch.float32), backend="triton"), torch.float32)
+
+
+@interpreted
+@pytest.mark.usefixtures("tiny", "whole")
+@pytest.mark.parametrize("name", TINY)
+def test_accuracy_of_whole_sequences(name: str) -> None:
     case = TINY[name]
     assert_accurate(case, run(case, inputs_in(case, torch.float32), backend="triton"), torch.float32)
 
@@ -89,8 +105,21 @@ def test_accuracy_float16() -> None:  # the interpreter truncates to bfloat16
 
 @interpreted
 @pytest.mark.usefixtures("tiny")
+def test_vectors_of_any_stride() -> None:
+    case = ScanCase(l=9, d=4, n=2)
+    inputs = inputs_in(case, torch.float32)
+    inputs["D"], inputs["delta_bias"] = torch.full((1,), 0.5).expand(4), inputs["delta_bias"].repeat_interleave(2)[::2]
+    whole = {name: x.contiguous() for name, x in inputs.items()}
+    torch.testing.assert_close(run(case, inputs, backend="triton"), run(case, whole, backend="triton"), rtol=0, atol=0)
+
+
+@interpreted
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize("path", ["segments", "whole"])
 @pytest.mark.parametrize("reverse", [False, True])
-def test_strides_beyond_32_bits(reverse: bool) -> None:
+def test_strides_beyond_32_bits(reverse: bool, path: str, request: pytest.FixtureRequest) -> None:
+    if path == "whole":
+        request.getfixturevalue("whole")
     case = ScanCase(l=9, d=3, n=2, reverse=reverse)
     scan = functools.partial(selective_scan, delta_softplus=True, reverse=reverse, backend="triton")
     assert_same_from_afar(case, ("u", "delta", "B", "C", "z"), scan)
@@ -162,6 +191,35 @@ def on_gpu(case: ScanCase, dtype: torch.dtype) -> dict[str, Tensor]:
 def test_accuracy_on_gpu(name: str, dtype: torch.dtype) -> None:
     # The hardware's exp2 is good to two units in the last place, which a long memory adds up.
     assert_accurate(SCAN_CASES[name], on_gpu(SCAN_CASES[name], dtype), dtype, roundings=64)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("whole")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", SCAN_CASES)
+def test_accuracy_of_whole_sequences_on_gpu(name: str, dtype: torch.dtype) -> None:
+    assert_accurate(SCAN_CASES[name], on_gpu(SCAN_CASES[name], dtype), dtype, roundings=64)
+
+
+@pytest.mark.gpu
+def test_many_sequences_on_gpu() -> None:
+    """So many that one kernel scans them whole; two runs, and in parts with the state carried over, in equal bits."""
+    b, l, d, n = 8, 1000, 1100, 16
+    generator = torch.Generator("cuda").manual_seed(0)
+    u, delta, z = (torch.randn(b, l, d, generator=generator, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    B, C = (torch.randn(b, l, n, generator=generator, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    A = -torch.rand(d, n, generator=generator, device="cuda") - 0.1
+    scan = functools.partial(selective_scan, delta_softplus=True, backend="triton")
+    y, state = scan(u, delta, A, B, C, z=z)
+    torch.testing.assert_close((y, state), scan(u, delta, A, B, C, z=z), rtol=0, atol=0)
+    first = scan(u[:, :333], delta[:, :333], A, B[:, :333], C[:, :333], z=z[:, :333])
+    second = scan(u[:, 333:], delta[:, 333:], A, B[:, 333:], C[:, 333:], z=z[:, 333:], initial_state=first[1])
+    torch.testing.assert_close((torch.cat([first[0], second[0]], 1), second[1]), (y, state), rtol=0, atol=0)
+    exact = selective_scan(
+        *(x.double() for x in (u, delta, A, B, C)), z=z.double(), delta_softplus=True, backend="torch"
+    )
+    assert (y - exact[0]).norm() / exact[0].norm() < 3e-3
+    assert (state - exact[1]).norm() / exact[1].norm() < 1e-6
 
 
 @pytest.mark.gpu
