@@ -106,8 +106,9 @@ class _Loading:
 def launcher(*settings: Hashable, tensors: tuple[Tensor | None, ...]) -> Launcher:
     """The launcher for ``settings`` and for the dtypes, layouts and alignments of ``tensors``, the first not None.
 
-    Between them they must determine the type of every argument of the kernels that it will launch, and the value of
-    every integer among them but those that the kernel does not specialise on.
+    The first two settings name the operator and its pass. Between them, settings and tensors must determine the type of
+    every argument of the kernels that it will launch, and the value of every integer among them but those that the
+    kernel does not specialise on.
     """
     key = settings + tuple(
         [None if v is None else (v.dtype, v.shape, v.stride(), v.data_ptr() % 16, v.device.index) for v in tensors]
@@ -118,6 +119,6 @@ def launcher(*settings: Hashable, tensors: tuple[Tensor | None, ...]) -> Launche
             _launchers.clear()
         first = tensors[0]
         assert first is not None
-        kind = (*settings, *[None if v is None else v.dtype for v in tensors])
+        kind = (*settings[:2], *[None if v is None else v.dtype for v in tensors])
         found = _launchers[key] = Launcher(kind, first.device)
     return found

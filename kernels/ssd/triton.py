@@ -74,9 +74,9 @@ def forward(
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     final_state = _float32(b, h, p, n, like=x)
     states = _float32(b, plan.segments, h, n, p, like=x) if plan.segments > 1 else _float32(0, like=x)
-    with use_device(x):
-        tensors = (x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx)
-        launch = launcher("ssd", "forward", plan, dt_softplus, reverse, tensors=tensors)
+    tensors = (x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx)
+    launch = launcher("ssd", "forward", plan, dt_softplus, reverse, tensors=tensors)
+    with use_device(x), launch.together():
         scan = _Scan(plan, launch, x, dt, A, B, dt_bias, dt_softplus, seq_idx, reverse)
         if plan.segments > 1:
             totals = _float32(b, plan.segments, h, like=x)
@@ -138,9 +138,9 @@ def backward(
     slab = cdiv(plan.segments, slabs)
     kept_size = b * slab * plan.per_segment * h * plan.state_size
     entering, leaving = (torch.empty(kept_size, dtype=kept_dtype, device=x.device) for _ in range(2))
-    with use_device(x):
-        tensors = (dy, dfinal_state, states, x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx)
-        launch = launcher("ssd", "backward", plan, dt_softplus, reverse, splits, slab, tensors=tensors)
+    tensors = (dy, dfinal_state, states, x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx)
+    launch = launcher("ssd", "backward", plan, dt_softplus, reverse, splits, slab, tensors=tensors)
+    with use_device(x), launch.together():
         scan = _Scan(plan, launch, x, dt, A, B, dt_bias, dt_softplus, seq_idx, reverse)
         adjoints = states
         if plan.segments > 1:
