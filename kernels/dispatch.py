@@ -82,6 +82,22 @@ def once_differentiable(name: str, kernel: Callable, fake: Callable) -> Callable
     return call
 
 
+def gradients_like(inputs: Sequence[Tensor | None], gradients: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    """Contiguous gradients in the dtypes of ``inputs``, the first of which is there. A custom operator returns tensors
+    only: an absent input's gradient is an empty one."""
+    first = inputs[0]
+    assert first is not None
+    result = []
+    for x, gradient in zip(inputs, gradients, strict=True):
+        if x is None or gradient is None:
+            result.append(first.new_empty(0))
+        elif gradient.dtype == x.dtype and gradient.is_contiguous():
+            result.append(gradient)
+        else:
+            result.append(gradient.to(x.dtype).contiguous())
+    return tuple(result)
+
+
 def _refuse_second_derivative(*_: object) -> None:
     raise NotImplementedError("the kernels have no second derivative: use backend='reference' for one")
 

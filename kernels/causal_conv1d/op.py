@@ -161,11 +161,7 @@ def _backward_kernel(
     module = dispatch.load_backend("causal_conv1d", backend)
     gradients = module.backward(dy, dfinal_state, x, weight, bias, activation, initial_state, seq_idx, tuple(reverse))
     inputs = (x, weight, bias, initial_state)
-    # A custom operator returns tensors only: an absent input's gradient is an empty one.
-    return tuple(  # type: ignore[return-value]
-        x.new_empty(0) if i is None else grad.to(i.dtype).contiguous()
-        for i, grad in zip(inputs, gradients, strict=True)
-    )
+    return dispatch.gradients_like(inputs, gradients)  # type: ignore[return-value]  # a schema spells them out
 
 
 def _backward_fake(

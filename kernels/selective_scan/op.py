@@ -224,11 +224,7 @@ def _backward_kernel(
         tuple(reverse),
     )
     inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state)
-    # A custom operator returns tensors only: an absent input's gradient is an empty one.
-    return tuple(  # type: ignore[return-value]
-        u.new_empty(0) if x is None else gradient.to(x.dtype).contiguous()
-        for x, gradient in zip(inputs, gradients, strict=True)
-    )
+    return dispatch.gradients_like(inputs, gradients)  # type: ignore[return-value]  # a schema spells them out
 
 
 def _backward_fake(

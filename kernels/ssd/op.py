@@ -217,11 +217,7 @@ def _backward_kernel(
     optional = (initial_state, seq_idx, tuple(reverse), chunk)
     gradients = module.backward(dy, dfinal_state, states, x, dt, A, B, C, D, z, dt_bias, dt_softplus, *optional)
     inputs = (x, dt, A, B, C, D, z, dt_bias, initial_state)
-    # A custom operator returns tensors only: an absent input's gradient is an empty one.
-    return tuple(  # type: ignore[return-value]  # the schema needs the nine of them spelled out
-        x.new_empty(0) if v is None else gradient.to(v.dtype).contiguous()
-        for v, gradient in zip(inputs, gradients, strict=True)
-    )
+    return dispatch.gradients_like(inputs, gradients)  # type: ignore[return-value]  # a schema spells them out
 
 
 def _backward_fake(
