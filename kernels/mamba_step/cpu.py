@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from seqssm.kernels.mamba_step.layer import LayerWeights
 from seqssm.kernels.simd import (
     LANES,
     LOG2_E,
@@ -50,31 +51,20 @@ def chunk(
     x: Tensor,
     conv_state: Tensor,
     scan_state: Tensor,
-    norm_weight: Tensor,
-    eps: float,
-    in_proj: Tensor,
-    in_bias: Tensor | None,
-    conv_weight: Tensor,
-    conv_bias: Tensor | None,
-    x_proj: Tensor,
-    dt_proj: Tensor,
-    dt_bias: Tensor,
-    A_log: Tensor,
-    D: Tensor,
-    out_proj: Tensor,
-    out_bias: Tensor | None,
+    weights: LayerWeights,
     seq_idx: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The residual stream after the layer (b, l, d), and both states after the last token."""
-    (b, l, d), (e, n), k, r = x.shape, A_log.shape, conv_weight.shape[1], dt_proj.shape[1]
+    w = weights
+    (b, l, d), (e, n), k, r = x.shape, w.A_log.shape, w.conv_weight.shape[1], w.dt_proj.shape[1]
     inputs = [
         None if t is None else _plain(t)
         for t in (
-            x, conv_state, norm_weight, in_proj, in_bias, conv_weight, conv_bias,
-            x_proj, dt_proj, dt_bias, A_log, D, out_proj, out_bias,
+            x, conv_state, w.norm_weight, w.in_proj, w.in_bias, w.conv_weight, w.conv_bias,
+            w.x_proj, w.dt_proj, w.dt_bias, w.A_log, w.D, w.out_proj, w.out_bias,
         )
     ]  # fmt: skip
-    inputs.append(_constant(eps))
+    inputs.append(_constant(w.eps))
     # One where the state is dropped in front of a token.
     if seq_idx is not None:
         inputs.append(F.pad((seq_idx[:, 1:] != seq_idx[:, :-1]).to(torch.uint8), (1, 0)))
@@ -86,9 +76,9 @@ def chunk(
     sizes = (b, l, d, e, n, r, k, rows)
     pointers = tuple(0 if t is None else t.data_ptr() for t in inputs)
     results = (y.data_ptr(), conv.data_ptr(), scan.data_ptr())
-    weights = 3 * d * e + e * (2 * r + 5 * n)  # as many multiplications a token
+    multiplications = 3 * d * e + e * (2 * r + 5 * n)  # a token
     scratch = min(rows, b) * l * (d + 5 * e + r + 2 * n) + (2 * k - 1 + n) * e + LANES
-    parallel(_chunk_tasks, -(-b // rows), b * l * weights // 8, scratch, sizes, pointers, results)
+    parallel(_chunk_tasks, -(-b // rows), b * l * multiplications // 8, scratch, sizes, pointers, results)
     return y.to(x.dtype), conv.to(conv_state.dtype), scan
 
 

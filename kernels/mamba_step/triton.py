@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from seqssm.kernels.launching import cdiv, next_power_of_2
+from seqssm.kernels.mamba_step.layer import LayerWeights
 from seqssm.kernels.triton_tiles import LOG2E, sigmoid, softplus, use_device
 
 # Rows of a projection, and channels of the scan, that a program takes.
@@ -22,23 +23,11 @@ def step(
     x: Tensor,
     conv_state: Tensor,
     scan_state: Tensor,
-    norm_weight: Tensor,
-    eps: float,
-    in_proj: Tensor,
-    in_bias: Tensor | None,
-    conv_weight: Tensor,
-    conv_bias: Tensor | None,
-    x_proj: Tensor,
-    dt_proj: Tensor,
-    dt_bias: Tensor,
-    A_log: Tensor,
-    D: Tensor,
-    out_proj: Tensor,
-    out_bias: Tensor | None,
+    weights: LayerWeights,
 ) -> Tensor:
     """The residual stream after the layer (b, d); both states in place."""
-    (b, d), (e, n) = x.shape, A_log.shape
-    r = dt_proj.shape[1]
+    w = LayerWeights(*(t.contiguous() if isinstance(t, Tensor) else t for t in weights))
+    (b, d), (e, n), r = x.shape, w.A_log.shape, w.dt_proj.shape[1]
     projected = torch.empty(b, 2 * e, dtype=torch.float32, device=x.device)  # the convolution's output, and the gate
     y = torch.empty(b, e, dtype=torch.float32, device=x.device)
     out = torch.empty(b, d, dtype=x.dtype, device=x.device)
@@ -48,18 +37,18 @@ def step(
     span_d, span_e = (min(_SPAN, next_power_of_2(size)) for size in (d, e))
     with use_device(x):
         project_kernel[(cdiv(2 * e, _ROWS), b)](
-            x, norm_weight, in_proj.contiguous(), in_bias, conv_state, conv_weight.contiguous(), conv_bias, projected,
-            *conv_state.stride(), d, e, eps, WIDTH=conv_weight.shape[1], ROWS=_ROWS, SPAN=span_d, num_warps=2,
+            x, w.norm_weight, w.in_proj, w.in_bias, conv_state, w.conv_weight, w.conv_bias, projected,
+            *conv_state.stride(), d, e, w.eps, WIDTH=w.conv_weight.shape[1], ROWS=_ROWS, SPAN=span_d, num_warps=2,
             **options,
         )  # fmt: skip
         scan_kernel[(cdiv(e, _CHANNELS), b)](
-            projected, x_proj.contiguous(), dt_proj.contiguous(), dt_bias, A_log.contiguous(), D, scan_state, y,
+            projected, w.x_proj, w.dt_proj, w.dt_bias, w.A_log, w.D, scan_state, y,
             *scan_state.stride(), e, n, r, BLOCK=_CHANNELS, SPAN=span_e,
             BLOCK_N=next_power_of_2(n), BLOCK_R=next_power_of_2(r), num_warps=4,
             **options,
         )  # fmt: skip
         output_kernel[(cdiv(d, _ROWS), b)](
-            x, y, out_proj.contiguous(), out_bias, out, d, e, ROWS=_ROWS, SPAN=span_e, num_warps=2, **options
+            x, y, w.out_proj, w.out_bias, out, d, e, ROWS=_ROWS, SPAN=span_e, num_warps=2, **options
         )
     return out
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from seqssm.kernels import dispatch
 from seqssm.kernels.causal_conv1d.op import causal_conv1d_step
-from seqssm.kernels.mamba_step.op import mamba_chunk, mamba_step
+from seqssm.kernels.mamba_step import LayerWeights, mamba_chunk, mamba_step
 from seqssm.kernels.selective_scan.op import selective_scan_step
 from seqssm.mixers import mamba_layer
 from seqssm.mixers.base import (
@@ -137,14 +137,12 @@ class Mamba(Mixer):
     def residual_chunk(
         self, x: Tensor, norm: RMSNorm, state: State, seq_idx: Tensor | None = None
     ) -> tuple[Tensor, State]:
-        y, conv, scan = mamba_chunk(
-            x, state["conv"], state["scan"], *self._layer(norm), seq_idx=seq_idx, backend="numba"
-        )
+        weights = self._weights(norm)
+        y, conv, scan = mamba_chunk(x, state["conv"], state["scan"], weights, seq_idx=seq_idx, backend="numba")
         return y, {"conv": conv, "scan": scan}
 
-    def _layer(self, norm: RMSNorm) -> tuple[Any, ...]:
-        """The parameters of the layer and its norm, as :func:`mamba_step` takes them behind the states."""
-        return (
+    def _weights(self, norm: RMSNorm) -> LayerWeights:
+        return LayerWeights(
             norm.weight,
             norm.eps,
             self.in_proj.weight,
@@ -163,7 +161,7 @@ class Mamba(Mixer):
     def residual_step(self, x: Tensor, norm: RMSNorm, state: State) -> Tensor:
         if x.shape[0] > _MOST_FUSED_STEPS or not mamba_layer.available(self, x):
             return super().residual_step(x, norm, state)
-        return mamba_step(x, state["conv"], state["scan"], *self._layer(norm))
+        return mamba_step(x, state["conv"], state["scan"], self._weights(norm))
 
     def step(self, x: Tensor, state: State) -> Tensor:
         u, z = self.in_proj(x).chunk(2, dim=-1)  # (b, e) each

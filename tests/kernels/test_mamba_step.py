@@ -6,7 +6,7 @@ from cases import distances
 from interpreter import interpreted, run_interpreted
 from torch import Tensor
 
-from seqssm.kernels import mamba_chunk, mamba_step
+from seqssm.kernels import LayerWeights, mamba_chunk, mamba_step
 
 
 def layer(b: int, d: int, e: int, n: int, r: int, k: int, biases: bool) -> dict[str, Tensor]:
@@ -35,6 +35,13 @@ def layer(b: int, d: int, e: int, n: int, r: int, k: int, biases: bool) -> dict[
     }
 
 
+def split(given: dict[str, Tensor]) -> tuple:
+    """The arguments of ``mamba_step``: the stream, both states, and the weights."""
+    names = ("x", "conv_state", "scan_state")
+    weights = {name: t for name, t in given.items() if name not in names}
+    return *(given[name] for name in names), LayerWeights(**weights, eps=1e-5)
+
+
 def check(sizes: tuple, dtype: torch.dtype, device: str, tolerance: float) -> None:
     wide = ("x", "scan_state", "dt_bias", "A_log", "D")
     given = {
@@ -43,8 +50,8 @@ def check(sizes: tuple, dtype: torch.dtype, device: str, tolerance: float) -> No
     }
     exact = {name: None if t is None else t.double() for name, t in given.items()}
     for _ in range(3):  # the states of one step are the next one's
-        given["x"] = mamba_step(**given, eps=1e-5, backend="triton")
-        exact["x"] = mamba_step(**exact, eps=1e-5, backend="reference")
+        given["x"] = mamba_step(*split(given), backend="triton")
+        exact["x"] = mamba_step(*split(exact), backend="reference")
     for name in ("x", "conv_state", "scan_state"):
         assert max(distances(given[name], exact[name].cpu())) <= tolerance
 
@@ -90,11 +97,10 @@ def test_a_chunk_is_as_near_to_the_formula_as_float32_is(sizes: tuple, packed: b
     b, l = exact["x"].shape[:2]
     seq_idx = torch.randint(2, (b, l), generator=torch.Generator().manual_seed(1)) if packed else None
     given = {name: None if t is None else t.float() for name, t in exact.items()}
-    options = {"eps": 1e-5, "seq_idx": seq_idx}
     before = {name: None if t is None else t.clone() for name, t in given.items()}
-    made = mamba_chunk(**given, **options)
-    plain = mamba_chunk(**given, **options, backend="reference")
-    right = mamba_chunk(**exact, **options, backend="reference")
+    made = mamba_chunk(*split(given), seq_idx=seq_idx)
+    plain = mamba_chunk(*split(given), seq_idx=seq_idx, backend="reference")
+    right = mamba_chunk(*split(exact), seq_idx=seq_idx, backend="reference")
     assert all(t is None or torch.equal(t, before[name]) for name, t in given.items()), "an input was written to"
     for ours, float32, float64 in zip(made, plain, right, strict=True):
         assert ours.dtype == torch.float32
@@ -107,19 +113,19 @@ def test_a_chunk_is_as_near_to_the_formula_as_float32_is(sizes: tuple, packed: b
 def test_a_row_of_a_chunk_does_not_depend_on_the_others(sizes: tuple) -> None:
     given = {name: None if t is None else t.float() for name, t in chunk_inputs(*sizes).items()}
     rows = ("x", "conv_state", "scan_state")
-    together = mamba_chunk(**given, eps=1e-5)
+    together = mamba_chunk(*split(given))
     for i in range(len(given["x"])):
-        alone = mamba_chunk(**given | {name: given[name][i : i + 1] for name in rows}, eps=1e-5)
+        alone = mamba_chunk(*split(given | {name: given[name][i : i + 1] for name in rows}))
         assert all(torch.equal(a[0], t[i]) for a, t in zip(alone, together, strict=True))
 
 
 @pytest.mark.parametrize("sizes", CHUNKS)
 def test_a_chunk_continues_its_states(sizes: tuple) -> None:
     given = {name: None if t is None else t.float() for name, t in chunk_inputs(*sizes).items()}
-    whole = mamba_chunk(**given, eps=1e-5)
+    whole = mamba_chunk(*split(given))
     states, out = {name: given[name] for name in ("conv_state", "scan_state")}, []
     for token in given["x"].split(1, dim=1):
-        y, *after = mamba_chunk(**given | {"x": token} | states, eps=1e-5)
+        y, *after = mamba_chunk(*split(given | {"x": token} | states))
         states = dict(zip(states, after, strict=True))
         out.append(y)
     assert torch.equal(torch.cat(out, dim=1), whole[0])
@@ -128,29 +134,28 @@ def test_a_chunk_continues_its_states(sizes: tuple) -> None:
 
 def test_chunk_operator() -> None:
     given = {name: None if t is None else t.float() for name, t in chunk_inputs(2, 8, 16, 4, 2, 4, True, 3).items()}
-    names = list(given)
-    arguments = [given[name] for name in names[:4]] + [1e-5] + [given[name] for name in names[4:]]
+    *stream, weights = split(given)
     for seq_idx in (None, torch.tensor([[0, 0, 1], [0, 1, 1]])):
-        torch.library.opcheck(torch.ops.seqssm.mamba_chunk.default, (*arguments, seq_idx))
+        torch.library.opcheck(torch.ops.seqssm.mamba_chunk.default, (*stream, *weights, seq_idx))
 
 
 def test_bad_chunks_are_named() -> None:
     given = chunk_inputs(2, 8, 16, 4, 2, 4, False, 3)
     with pytest.raises(ValueError, match=r"\(b, l, d\)"):
-        mamba_chunk(**given | {"x": given["x"][0]}, eps=1e-5, backend="reference")
+        mamba_chunk(*split(given | {"x": given["x"][0]}), backend="reference")
     with pytest.raises(ValueError, match="seq_idx must have shape"):
-        mamba_chunk(**given, eps=1e-5, seq_idx=torch.zeros(2, 2, dtype=torch.int32), backend="reference")
+        mamba_chunk(*split(given), seq_idx=torch.zeros(2, 2, dtype=torch.int32), backend="reference")
     with pytest.raises(ValueError, match="computes in float32"):
-        mamba_chunk(**given, eps=1e-5)
+        mamba_chunk(*split(given))
 
 
 def test_bad_arguments_are_named() -> None:
     given = layer(2, 8, 16, 4, 2, 4, False)
     for name, words in (("x_proj", "x_proj must have shape"), ("conv_state", "conv_state must have shape")):
         with pytest.raises(ValueError, match=words):
-            mamba_step(**given | {name: torch.zeros(3, 3)}, eps=1e-5, backend="reference")
+            mamba_step(*split(given | {name: torch.zeros(3, 3)}), backend="reference")
     with pytest.raises(ValueError, match="no gradient"):
-        mamba_step(**given | {"D": given["D"].requires_grad_()}, eps=1e-5, backend="reference")
+        mamba_step(*split(given | {"D": given["D"].requires_grad_()}), backend="reference")
 
 
 @pytest.mark.gpu
@@ -163,6 +168,5 @@ def test_equals_the_formula_on_gpu(sizes: tuple, dtype: torch.dtype) -> None:
 @pytest.mark.gpu
 def test_operator_on_gpu() -> None:
     given = {k: t if t is None else t.float().cuda() for k, t in layer(2, 8, 16, 4, 2, 4, True).items()}
-    names = list(given)
-    arguments = [given[name] for name in names[:4]] + [1e-5] + [given[name] for name in names[4:]]
-    torch.library.opcheck(torch.ops.seqssm.mamba_step.default, tuple(arguments))
+    *stream, weights = split(given)
+    torch.library.opcheck(torch.ops.seqssm.mamba_step.default, (*stream, *weights))
