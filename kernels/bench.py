@@ -19,13 +19,9 @@ import ctypes
 import fnmatch
 import functools
 import gc
-import importlib.metadata
-import math
 import multiprocessing
 import platform
 import statistics
-import subprocess
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -37,22 +33,13 @@ import torch
 from torch import Tensor
 
 from seqssm.errors import UserError
+from seqssm.kernels.bench_machine import Rates, describe_machine, measure_rates, milliseconds
 from seqssm.kernels.bench_results import format_row, write_json
 
 OURS = "seqssm"
 FORWARD, BOTH = "forward", "forward+backward"
 _MIB = 2**20
 _MOST_CALLS = 500
-
-
-class Rates(NamedTuple):
-    """What the machine can do in a second: bytes moved, exponentials, float32 operations, multiply-and-adds counted
-    twice in matrix products."""
-
-    bytes: float
-    exps: float
-    lanes: float
-    flops: float
 
 
 class Work(NamedTuple):
@@ -272,7 +259,7 @@ def time_in_turn(
             continue
         try:
             case.shrunk().build(name)(pass_name)
-            first = _milliseconds(functools.partial(run, pass_name), case.device)
+            first = milliseconds(functools.partial(run, pass_name), case.device)
         except (RuntimeError, ValueError, TypeError, AttributeError) as error:
             if name == OURS:
                 raise
@@ -282,7 +269,7 @@ def time_in_turn(
         samples[name], left_ms[name] = ([first], 0.0) if single else ([], seconds * 1e3)
     while any(left > 0 for left in left_ms.values()) and max(map(len, samples.values())) < _MOST_CALLS:
         for name in [name for name, left in left_ms.items() if left > 0]:
-            samples[name].append(_milliseconds(functools.partial(runs[name], pass_name), case.device))
+            samples[name].append(milliseconds(functools.partial(runs[name], pass_name), case.device))
             left_ms[name] -= samples[name][-1][0]
     return {name: _medians(times) for name, times in samples.items()}
 
@@ -290,26 +277,6 @@ def time_in_turn(
 def _medians(times: Sequence[tuple[float, float | None]]) -> tuple[float, float | None]:
     host = [queueing for _, queueing in times if queueing is not None]
     return statistics.median(ms for ms, _ in times), statistics.median(host) if host else None
-
-
-def _milliseconds(function: Callable[[], object], device: str) -> tuple[float, float | None]:
-    """Duration of one call and, on a GPU, of queueing it."""
-    if device == "cuda":
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        # Empties the cache, and keeps the GPU busy for a millisecond while the call is being queued.
-        room = torch.empty(2**30, dtype=torch.uint8, device="cuda")
-        for _ in range(4):
-            room.zero_()
-        start.record()
-        begin = time.perf_counter()
-        function()
-        host = time.perf_counter() - begin
-        end.record()
-        torch.cuda.synchronize()
-        return start.elapsed_time(end), host * 1e3
-    begin = time.perf_counter()
-    function()
-    return (time.perf_counter() - begin) * 1e3, None
 
 
 # ---- memory ---------------------------------------------------------------------------------------------------------
@@ -349,82 +316,3 @@ def _status_kib(field: str) -> int:
         if line.startswith(field):
             return int(line.split()[1])
     raise RuntimeError(f"/proc/self/status has no {field}")
-
-
-# ---- limits ---------------------------------------------------------------------------------------------------------
-
-
-def measure_rates(device: str) -> Rates:
-    """Limits of this machine. Copies and matrix products are measured, the rest is counted: a GPU's multiprocessor has
-    16 special-function and 128 float32 units; a CPU's float32 units are those of its matrix products, and ten of their
-    operations make an exponential."""
-    if device == "cuda":
-        x = torch.empty(2**30, dtype=torch.uint8, device="cuda")
-        y = torch.empty_like(x)
-        a = torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda")
-        properties = torch.cuda.get_device_properties("cuda")
-        clocks = properties.multi_processor_count * _sm_clock_hz()
-        return Rates(
-            bytes=2 * x.numel() / _best_seconds(lambda: y.copy_(x), device),
-            exps=16 * clocks,
-            lanes=128 * clocks,
-            flops=2 * 8192**3 / _best_seconds(lambda: a @ a, device),
-        )
-    x, a = torch.empty(2**26, dtype=torch.uint8), torch.randn(1024, 1024)
-    y = torch.empty_like(x)
-    flops = 2 * 1024**3 / _best_seconds(lambda: a @ a, device)
-    copied = 2 * x.numel() / _best_seconds(lambda: y.copy_(x), device)
-    return Rates(bytes=copied, exps=flops / 2 / 10, lanes=flops / 2, flops=flops)
-
-
-def _best_seconds(function: Callable[[], object], device: str) -> float:
-    """The best of half a second of calls: a limit is what the machine can do, not what it does on average."""
-    end, best = time.perf_counter() + 0.5, math.inf
-    while time.perf_counter() < end:
-        best = min(best, _milliseconds(function, device)[0])
-    return best / 1e3
-
-
-def _sm_clock_hz() -> float:
-    """Highest clock of the multiprocessors."""
-    query = ["nvidia-smi", "--query-gpu=clocks.max.sm", "--format=csv,noheader,nounits", "--id=0"]
-    try:
-        return float(subprocess.run(query, capture_output=True, text=True, check=True).stdout) * 1e6
-    except (OSError, subprocess.CalledProcessError, ValueError):
-        return 1.98e9  # an H200's
-
-
-# ---- report ---------------------------------------------------------------------------------------------------------
-
-
-def describe_machine() -> dict[str, Any]:
-    """Device, versions and commit: what a figure depends on."""
-    if torch.cuda.is_available():
-        device = torch.cuda.get_device_name()
-    else:
-        device = f"{_cpu_name()}, {torch.get_num_threads()} threads"
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False)
-    return {
-        "device": device,
-        "torch": torch.__version__,
-        "triton": _version("triton"),
-        "numba": _version("numba"),
-        "python": platform.python_version(),
-        "commit": commit.stdout.strip() or None,
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _cpu_name() -> str:
-    if platform.system() == "Linux":
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()

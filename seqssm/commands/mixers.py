@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> None:
     from seqssm.commands.evaluate_synthetic import parse_lengths
     from seqssm.data.progress import progress_bar
     from seqssm.files import atomic_write
-    from seqssm.kernels.bench import describe_machine
+    from seqssm.kernels.bench_machine import describe_machine
     from seqssm.tasks.mixer_table import MODELS, Budget, Genome, Row, compare, table
 
     models = list(MODELS) if args.models is None else args.models.split(",")

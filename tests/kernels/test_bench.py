@@ -10,8 +10,9 @@ import torch
 
 from seqssm.errors import UserError
 from seqssm.kernels import bench, bench_cases
-from seqssm.kernels.bench import BOTH, FORWARD, OURS, Rates, Run, Work
+from seqssm.kernels.bench import BOTH, FORWARD, OURS, Run, Work
 from seqssm.kernels.bench_cases import KERNEL_CASES, ConvCase, ScanCase, SSDCase
+from seqssm.kernels.bench_machine import Rates
 from seqssm.kernels.bench_results import table
 
 RATES = Rates(bytes=1e9, exps=1e8, lanes=1e9, flops=1e10)

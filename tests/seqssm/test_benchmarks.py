@@ -5,7 +5,8 @@ import pytest
 from seqssm import benchmarks
 from seqssm.benchmarks import DecodeCase, ModelCase
 from seqssm.kernels import bench
-from seqssm.kernels.bench import BOTH, FORWARD, Rates
+from seqssm.kernels.bench import BOTH, FORWARD
+from seqssm.kernels.bench_machine import Rates
 
 
 @pytest.fixture(autouse=True)

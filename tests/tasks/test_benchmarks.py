@@ -4,7 +4,8 @@ import pytest
 
 from seqssm.benchmarks import CASES
 from seqssm.kernels import bench
-from seqssm.kernels.bench import BOTH, FORWARD, Rates
+from seqssm.kernels.bench import BOTH, FORWARD
+from seqssm.kernels.bench_machine import Rates
 from seqssm.tasks.benchmarks import ClassifierCase, TaggingCase
 
 FAMILIES = (*CASES, ClassifierCase, TaggingCase)
