@@ -40,6 +40,7 @@ _SPAN, _PASS_UNROLL, _PASS_BLOCK = (8, 4, 32) if _INTERPRET else (32, 8, 32)
 # Where programs of _SINGLE_BLOCK channels alone are enough to fill the GPU, with few enough states to keep in
 # registers, one kernel scans whole sequences. It takes _SINGLE_TILES times LANES tokens at a time.
 _SINGLE_BLOCK, _SINGLE_TILES, _SINGLE_STATES, _SINGLE_PROGRAMS = 8, 2, 32, 1024
+_PACK_BFLOAT16 = True
 # States that a kernel takes together, where their number is a multiple of it.
 _SUMMARY_UNROLL, _SCAN_UNROLL, _HISTORY_UNROLL = 2, 2, 2
 # The cache into which a tile's memory is brought while the tile before it is computed: 1 or 2, or 0 for none.
@@ -162,7 +163,8 @@ def _scan_whole(
     tensors = (u, delta, z, A, B, C, D, delta_bias, initial_state, seq_idx)
     launch = launcher("scan", "whole", delta_softplus, reverse, saved is None, tensors=tensors)
     with use_device(u), launch.together():
-        packed, _ = _pack(launch, B, C, 0, l, l, mask, 1)
+        dtype = torch.bfloat16 if B.dtype == C.dtype == torch.bfloat16 and _PACK_BFLOAT16 else torch.float32
+        packed, _ = _pack(launch, B, C, 0, l, l, mask, 1, dtype)
         launch(
             single_scan_kernel, b * g * cdiv(d // g, _SINGLE_BLOCK),
             u, delta, z, y, packed, A, D, delta_bias, initial_state, final_state, saved, seq_idx,
@@ -354,20 +356,29 @@ def _pass_states(
 
 
 def _pack(
-    launch: Launcher, B: Tensor, C: Tensor, start: int, tokens: int, length: int, reverse_mask: int, tile: int
+    launch: Launcher,
+    B: Tensor,
+    C: Tensor,
+    start: int,
+    tokens: int,
+    length: int,
+    reverse_mask: int,
+    tile: int,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, int]:
-    """B and C (b, l, g, n) of ``tokens`` tokens from ``start``, in scan order and float32, as pairs in int64
-    (b, g, tiles, n, tile); and the number of tiles."""
+    """B and C (b, l, g, n) of ``tokens`` tokens from ``start``, in scan order and ``dtype``, (b, g, tiles, n, 2 tile),
+    as integers of two each; and the number of tiles."""
     b, _, g, n = B.shape
     tiles = cdiv(tokens, tile)
-    packed = _float32(b, g, tiles, n, 2 * tile, like=B, spare=2 * tile)
+    size = b * g * tiles * n * 2 * tile
+    packed = B.new_empty(size + 2 * tile, dtype=dtype)  # the kernels read one row too many
     block_t, block_n = _pack_block(tokens, n)
     launch(
         pack_kernel, b * g * cdiv(tiles * tile, block_t),
         B, C, packed, *B.stride(), *C.stride(), start, tiles, length, g, n, reverse_mask,
         TILE=tile, BLOCK_T=block_t, BLOCK_N=block_n,
     )  # fmt: skip
-    return packed.view(torch.int64), tiles
+    return packed.view(torch.int64 if dtype == torch.float32 else torch.int32), tiles
 
 
 @functools.cache

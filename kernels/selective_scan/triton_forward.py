@@ -36,7 +36,7 @@ def pack_kernel(
     start, tiles, length, groups, states, reverse_mask,
     TILE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """B and C (b, l, g, n) from scan time ``start`` to float32 packed (b, g, tiles, n, 2, TILE), zeros past the end."""
+    """B and C (b, l, g, n) from scan time ``start`` to ``packed`` (b, g, tiles, n, 2, TILE), zeros past the end."""
     blocks = tl.cdiv(tiles * TILE, BLOCK_T)
     pid = tl.program_id(0)
     group = ((pid // blocks) % groups).to(tl.int64)  # B and C may be state-major views of a long sequence
@@ -52,9 +52,9 @@ def pack_kernel(
         written = (t < tiles * TILE)[:, None] & (n < states)[None, :]
         at = out[:, None] + n[None, :] * (2 * TILE)
         x = tl.load(B + batch * B_b + group * B_g + token[:, None] * B_t + n[None, :] * B_n, mask=inside, other=0.0)
-        tl.store(at, x.to(tl.float32), mask=written)
+        tl.store(at, x.to(packed.dtype.element_ty), mask=written)
         x = tl.load(C + batch * C_b + group * C_g + token[:, None] * C_t + n[None, :] * C_n, mask=inside, other=0.0)
-        tl.store(at + TILE, x.to(tl.float32), mask=written)
+        tl.store(at + TILE, x.to(packed.dtype.element_ty), mask=written)
 
 
 @triton.jit(do_not_specialize=["length", "segment_length", "segments", "tiles", "reverse_mask"])

@@ -32,6 +32,16 @@ def _load_tiles(pointer, step, offsets, t, mask, length, TILES: tl.constexpr, WH
 
 
 @triton.jit
+def _unpack(pair):
+    """B and C from integers that hold both side by side: in float32, or in bfloat16, which is the half of it."""
+    if pair.dtype == tl.int64:
+        b, read = pair.to(tl.int32), (pair >> 32).to(tl.int32)
+    else:
+        b, read = pair << 16, pair & -65536
+    return b.to(tl.float32, bitcast=True), read.to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _exchange(low, high, BIT: tl.constexpr):
     """``low`` (LANES, BLOCK) in the lanes without BIT and ``high`` in the others, each plus the other lane's."""
     lane = tl.arange(0, LANES)[:, None]
@@ -110,12 +120,12 @@ def single_scan_kernel(
                 token = tl.full([LANES, BLOCK], j, tl.int32)
                 step = tl.gather(steps, token, 0)[:, :, None]
                 drive = tl.gather(drives, token, 0)[:, :, None]
-                if WHOLE:
-                    pair = tl.load(packed + (first + j) * states)
+                if WHOLE:  # the offsets are constants
+                    pair = tl.load(packed + first * (LANES * SHARE) + j * (LANES * SHARE))
                 else:
                     pair = tl.load(packed + (first + j) * states, mask=there & (j < count), other=0)
-                b = pair.to(tl.int32).to(tl.float32, bitcast=True)[:, None, :]
-                read = (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)[:, None, :]
+                b, read = _unpack(pair)
+                b, read = b[:, None, :], read[:, None, :]
                 decay = tl.exp2(step * a2)
                 if seq_idx is not None:
                     decay *= keeps[j]
