@@ -21,6 +21,8 @@ _INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 # Tokens of a tile and channels of a warp: fixed, so that no length is ever tuned again.
 _TILE = 8
 _BLOCK = 64
+# Tokens of a program that packs B and C, and of one that adds up their gradients, whose work is more.
+_PACK_TOKENS, _UNPACK_TOKENS = 128, 32
 # Tokens of a forward segment: the most, and, where that many programs would not fill the GPU, the least. Both divide
 # CHUNK, so that the states entering the chunks are among those entering the segments.
 _SEGMENT, _SHORTEST_SEGMENT = 256, 64
@@ -269,7 +271,7 @@ def backward(
                 TILE=tile, BLOCK=block, UNROLL=1, PREFETCH=_PREFETCH, **_warp_sums(tile, block),
                 num_warps=1, maxnreg=_GRADIENT_REGISTERS if seq_idx is None else None,
             )  # fmt: skip
-            block_t, block_n = _pack_block(count * CHUNK, n)
+            block_t, block_n = _UNPACK_TOKENS, _state_block(n)
             launch(
                 unpack_kernel, b * g * cdiv(count * CHUNK, block_t),
                 dpacked, dB, dC, *dB.stride()[:3], first * CHUNK, tiles, l, g, blocks, n, mask,
@@ -372,7 +374,7 @@ def _pack(
     tiles = cdiv(tokens, tile)
     size = b * g * tiles * n * 2 * tile
     packed = B.new_empty(size + 2 * tile, dtype=dtype)  # the kernels read one row too many
-    block_t, block_n = _pack_block(tokens, n)
+    block_t, block_n = _PACK_TOKENS, _state_block(n)
     launch(
         pack_kernel, b * g * cdiv(tiles * tile, block_t),
         B, C, packed, *B.stride(), *C.stride(), start, tiles, length, g, n, reverse_mask,
@@ -391,9 +393,9 @@ def _warp_sums(tile: int, block: int) -> dict[str, str | int | None]:
     return {"PACK": pack, "SUM": text, "SUM_REGISTERS": registers}
 
 
-def _pack_block(tokens: int, states: int) -> tuple[int, int]:
-    """Tokens and states of a program of the pack and unpack kernels."""
-    return 128, min(next_power_of_2(states), 32)
+def _state_block(states: int) -> int:
+    """States that a program of the pack and unpack kernels takes at a time."""
+    return min(next_power_of_2(states), 32)
 
 
 def _fit_block(channels: int) -> int:
