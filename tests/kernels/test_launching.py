@@ -58,9 +58,14 @@ def test_first_launches_are_compiled_together_and_keep_their_order() -> None:
 def test_nothing_is_launched_when_the_work_fails() -> None:
     log: list[tuple] = []
     launch, kernel = Launcher(("scan", "forward"), torch.device("cuda", 0)), Kernel("a", log)
-    with pytest.raises(RuntimeError, match="no memory"), launch.together():
-        launch(kernel, 1, None, 1, BLOCK=8)
-        raise RuntimeError("no memory")
+
+    def work() -> None:
+        with launch.together():
+            launch(kernel, 1, None, 1, BLOCK=8)
+            raise RuntimeError("no memory")
+
+    with pytest.raises(RuntimeError, match="no memory"):
+        work()
     assert log == []
     launch(kernel, 1, None, 1, BLOCK=8)
     assert log == [("first", "a", (1,), 1, 8)]
