@@ -138,7 +138,9 @@ def test_states_pass_through_spans(monkeypatch: pytest.MonkeyPatch, segments: in
     steps[1, segments // 2, 3] = float("inf")  # a reset
     saved = None if backward else torch.empty(b, -(-segments // share), n, d)
     carry, leaving = ends.clone(), torch.empty(b, d, n)
-    module._pass_states(Launcher(), carry, steps, a2, entering, leaving, saved, segments, share, backward)
+    module._pass_states(
+        Launcher((), carry.device), carry, steps, a2, entering, leaving, saved, segments, share, backward
+    )
     h, expected = entering.mT, torch.empty_like(ends)
     for s in reversed(range(segments)) if backward else range(segments):
         expected[:, s] = h
