@@ -10,9 +10,9 @@ from seqssm.kernels.launching import cdiv, launcher, next_power_of_2
 from seqssm.kernels.triton_tiles import reverse_mask, strides, use_device, wide_offsets
 
 _INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-# Tokens in flight; channels of a program, which is one warp.
-_TILE = 4 if _INTERPRET else 8
-_BLOCK = 128
+# Tokens in flight, forwards and backwards; channels of a program, which is one warp.
+_TILE, _BACKWARD_TILE = (4, 4) if _INTERPRET else (8, 16)
+_BLOCK, _BACKWARD_BLOCK = 128, 64
 # Tokens of a program: the most, and, where that many programs would not fill the GPU, the least.
 _SEGMENT, _SHORTEST_SEGMENT = 256, 64
 _ENOUGH_PROGRAMS = 4096
@@ -69,12 +69,12 @@ def backward(
     k = weight.shape[1]
     parts = len(reverse)
     bias = None if bias is None else bias.contiguous()
-    blocks = b * parts * cdiv(d // parts, _BLOCK)
+    blocks = b * parts * cdiv(d // parts, _BACKWARD_BLOCK)
     segment = _segment(blocks, l, k) - (k - 1)  # with the tokens beyond its end, a program then takes whole tiles
     segments = cdiv(l, segment)
     if dx is None:
         dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    wide = wide_offsets(segment + _TILE + k, x, dy, dx)
+    wide = wide_offsets(segment + _BACKWARD_TILE + k, x, dy, dx)
     dinitial_state = None
     if initial_state is not None:
         initial_state = initial_state.contiguous()
@@ -91,7 +91,7 @@ def backward(
             dy, dfinal_state, x, weight.contiguous(), bias, initial_state, seq_idx, dx, dtaps,
             dinitial_state, *dy.stride(), *x.stride(), *dx.stride(), *strides(seq_idx, 2),
             l, d, d // parts, parts, segments, reverse_mask(reverse),
-            WIDTH=k, SILU=activation, WIDE=wide, SEGMENT=segment, TILE=_TILE, BLOCK=_BLOCK, num_warps=1,
+            WIDTH=k, SILU=activation, WIDE=wide, SEGMENT=segment, TILE=_BACKWARD_TILE, BLOCK=_BACKWARD_BLOCK, num_warps=1,
         )  # fmt: skip
         launch(
             sum_taps_kernel, cdiv((k + 1) * d, _SUM_COLUMNS),

@@ -39,10 +39,10 @@ _HISTORY_REGISTERS: int | None = None
 _GRADIENT_REGISTERS: int | None = None
 # Segments through which a program passes states, where there are more than twice as many; and how many it reads ahead.
 _SPAN, _PASS_UNROLL, _PASS_BLOCK = (8, 4, 32) if _INTERPRET else (32, 8, 32)
-# Where programs of _SINGLE_BLOCK channels alone are enough to fill the GPU, with few enough states to keep in
-# registers, one kernel scans whole sequences. It takes _SINGLE_TILES times LANES tokens at a time.
-_SINGLE_BLOCK, _SINGLE_TILES, _SINGLE_STATES, _SINGLE_PROGRAMS = 8, 2, 32, 1024
-_PACK_BFLOAT16 = True
+# Where no states are kept for a backward pass and programs of _SINGLE_BLOCK channels alone fill the GPU, one kernel
+# scans whole sequences, _SINGLE_TILES times LANES tokens at a time: for so many states, which stay in registers.
+_SINGLE_BLOCK, _SINGLE_TILES, _SINGLE_STATES, _SINGLE_PROGRAMS = 8, 4, (16,), 1024
+_SINGLE_REGISTERS: int | None = 128
 # States that a kernel takes together, where their number is a multiple of it.
 _SUMMARY_UNROLL, _SCAN_UNROLL, _HISTORY_UNROLL = 2, 2, 2
 # The cache into which a tile's memory is brought while the tile before it is computed: 1 or 2, or 0 for none.
@@ -82,11 +82,11 @@ def forward(
     y = torch.empty_like(u, memory_format=torch.contiguous_format)
     final_state = _float32(b, d, n, like=u)
     states = _float32(b, cdiv(l, CHUNK), d, n, like=u) if save_states else _float32(0, like=u)
-    if join is None and n <= _SINGLE_STATES and b * g * cdiv(d // g, _SINGLE_BLOCK) >= _SINGLE_PROGRAMS:
+    single_programs = b * g * cdiv(d // g, _SINGLE_BLOCK)
+    if not save_states and join is None and n in _SINGLE_STATES and single_programs >= _SINGLE_PROGRAMS:
         _scan_whole(
-            u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, seq_idx, reverse, y, final_state,
-            states if save_states else None,
-        )  # fmt: skip
+            u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, seq_idx, reverse, y, final_state
+        )
         return y, final_state, states
     block = _fit_block(d // g)
     programs = b * g * cdiv(d // g, block)  # a segment
@@ -151,7 +151,6 @@ def _scan_whole(
     reverse: tuple[bool, ...],
     y: Tensor,
     final_state: Tensor,
-    saved: Tensor | None,
 ) -> None:
     """``forward`` in one kernel, with a program for _SINGLE_BLOCK channels of one sequence."""
     b, l, d = u.shape
@@ -163,16 +162,16 @@ def _scan_whole(
     A = A.contiguous()
     initial_state = _contiguous32(initial_state)
     tensors = (u, delta, z, A, B, C, D, delta_bias, initial_state, seq_idx)
-    launch = launcher("scan", "whole", delta_softplus, reverse, saved is None, tensors=tensors)
+    launch = launcher("scan", "whole", delta_softplus, reverse, tensors=tensors)
     with use_device(u), launch.together():
-        dtype = torch.bfloat16 if B.dtype == C.dtype == torch.bfloat16 and _PACK_BFLOAT16 else torch.float32
+        dtype = torch.bfloat16 if B.dtype == C.dtype == torch.bfloat16 else torch.float32
         packed, _ = _pack(launch, B, C, 0, l, l, mask, 1, dtype)
         launch(
             single_scan_kernel, b * g * cdiv(d // g, _SINGLE_BLOCK),
-            u, delta, z, y, packed, A, D, delta_bias, initial_state, final_state, saved, seq_idx,
+            u, delta, z, y, packed, A, D, delta_bias, initial_state, final_state, seq_idx,
             *u.stride(), *delta.stride(), *strides(z, 3), *strides(seq_idx, 2), l, d, d // g, g, n, mask,
-            SOFTPLUS=delta_softplus, WHOLE=whole, WIDE=wide_offsets(l, u, delta, z), CHUNK=CHUNK,
-            TILES=_SINGLE_TILES, BLOCK=_SINGLE_BLOCK, SHARE=share, num_warps=1,
+            SOFTPLUS=delta_softplus, WHOLE=whole, WIDE=wide_offsets(l, u, delta, z),
+            TILES=_SINGLE_TILES, BLOCK=_SINGLE_BLOCK, SHARE=share, num_warps=1, maxnreg=_SINGLE_REGISTERS,
         )  # fmt: skip
 
 

@@ -32,6 +32,18 @@ def _load_tiles(pointer, step, offsets, t, mask, length, TILES: tl.constexpr, WH
 
 
 @triton.jit
+def _load_pairs(packed, t, states, there, count, SHARE: tl.constexpr, WHOLE: tl.constexpr):
+    """B and C of LANES tokens from ``t``, (LANES, SHARE) each."""
+    pairs = ()
+    for j in tl.static_range(LANES):
+        if WHOLE:  # the offsets are constants
+            pairs += (tl.load(packed + t * (LANES * SHARE) + j * (LANES * SHARE)),)
+        else:
+            pairs += (tl.load(packed + (t + j) * states, mask=there & (j < count), other=0),)
+    return pairs
+
+
+@triton.jit
 def _unpack(pair):
     """B and C from integers that hold both side by side: in float32, or in bfloat16, which is the half of it."""
     if pair.dtype == tl.int64:
@@ -52,14 +64,13 @@ def _exchange(low, high, BIT: tl.constexpr):
 
 @triton.jit(do_not_specialize=["length", "reverse_mask"])
 def single_scan_kernel(
-    u, delta, z, y, packed, A, D, bias, initial_state, final_state, saved, seq_idx,
+    u, delta, z, y, packed, A, D, bias, initial_state, final_state, seq_idx,
     u_b, u_t, u_c, delta_b, delta_t, delta_c, z_b, z_t, z_c, seq_b, seq_t,
     length, channels, per_group, groups, states, reverse_mask,
-    SOFTPLUS: tl.constexpr, WHOLE: tl.constexpr, WIDE: tl.constexpr, CHUNK: tl.constexpr, TILES: tl.constexpr,
-    BLOCK: tl.constexpr, SHARE: tl.constexpr,
+    SOFTPLUS: tl.constexpr, WHOLE: tl.constexpr, WIDE: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr,
+    SHARE: tl.constexpr,
 ):  # fmt: skip
-    """Scan a whole sequence of BLOCK channels: y (b, l, d), the final state (b, d, n) and, into ``saved``
-    (b, chunks, n, d) or None, the states entering every CHUNK tokens.
+    """Scan a whole sequence of BLOCK channels: y (b, l, d) and the final state (b, d, n).
 
     A tensor (LANES, BLOCK) holds, for what belongs to a token, LANES tokens; and (LANES, BLOCK, SHARE) the states of a
     channel. ``A`` (d, n) is contiguous; ``packed`` (b, g, l, n) has B and C side by side in scan order. WHOLE says that
@@ -87,19 +98,14 @@ def single_scan_kernel(
     if D is not None:
         skip = load_channels(D + c, mask).to(tl.float32)
     packed += (batch * groups + group) * length * states + n
-    if saved is not None:
-        saved += batch * tl.cdiv(length, CHUNK) * states * channels
     next_inputs = _load_tiles(u_row, u_step, c * u_c, start, mask, length, TILES, WHOLE)
     next_raws = _load_tiles(delta_row, delta_step, c * delta_c, start, mask, length, TILES, WHOLE)
+    next_pairs = _load_pairs(packed, start, states, there, length, SHARE, WHOLE)
     next_gates = next_raws
     if z is not None:
         z_row, z_step = rows(z, batch, start, length, direction, z_b, z_t)
         next_gates = _load_tiles(z_row, z_step, c * z_c, start, mask, length, TILES, WHOLE)
     for t in range(0, length, TILES * LANES):
-        if saved is not None:  # noqa: SIM102  (the compiler must know this half alone)
-            if t % CHUNK == 0:
-                tl.store(saved + n[:, None, :] * channels + c[None, :, None], h, mask=inside)
-                saved += states * channels
         inputs, raws, gates = next_inputs, next_raws, next_gates
         # The next tokens are read ahead; behind the last ones they are the last ones again.
         ahead = tl.minimum(t + TILES * LANES, (tl.cdiv(length, TILES * LANES) - 1) * TILES * LANES)
@@ -110,6 +116,9 @@ def single_scan_kernel(
         for i in tl.static_range(TILES):
             first = t + i * LANES
             count = length - first
+            pairs = next_pairs
+            next_first = first + LANES if i + 1 < TILES else ahead
+            next_pairs = _load_pairs(packed, next_first, states, there, length - next_first, SHARE, WHOLE)
             x = inputs[i].to(tl.float32)
             steps = step_sizes(raws[i], offset, count, SOFTPLUS, LANES, WHOLE)
             drives = steps * x
@@ -120,11 +129,7 @@ def single_scan_kernel(
                 token = tl.full([LANES, BLOCK], j, tl.int32)
                 step = tl.gather(steps, token, 0)[:, :, None]
                 drive = tl.gather(drives, token, 0)[:, :, None]
-                if WHOLE:  # the offsets are constants
-                    pair = tl.load(packed + first * (LANES * SHARE) + j * (LANES * SHARE))
-                else:
-                    pair = tl.load(packed + (first + j) * states, mask=there & (j < count), other=0)
-                b, read = _unpack(pair)
+                b, read = _unpack(pairs[j])
                 b, read = b[:, None, :], read[:, None, :]
                 decay = tl.exp2(step * a2)
                 if seq_idx is not None:

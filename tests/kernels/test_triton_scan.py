@@ -1,5 +1,6 @@
 """The Triton selective scan: in Triton's interpreter on the CPU at tiny sizes, and on a GPU (``pytest -m gpu``)."""
 
+import dataclasses
 import functools
 import importlib
 
@@ -71,10 +72,17 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One kernel for whole sequences, however few there are."""
+    """One kernel for whole sequences of 16 states, however few there are."""
     module = importlib.import_module("seqssm.kernels.selective_scan.triton")
     monkeypatch.setattr(module, "_SINGLE_PROGRAMS", 1)
-    monkeypatch.setattr(module, "_SINGLE_STATES", 256)
+
+
+def scanned_whole(case: ScanCase, inputs: dict[str, Tensor], **options: Tensor) -> dict[str, Tensor]:
+    """The results of training, with those of inference, which takes that kernel, in the place of the outputs."""
+    trained = run(case, inputs, backend="triton", **options)
+    with torch.no_grad():
+        y, final_state = selective_scan(**inputs, **{**case.options, **options}, backend="triton")
+    return trained | {"y": y, "final_state": final_state}
 
 
 @interpreted
@@ -89,8 +97,8 @@ def test_accuracy_float32(name: str) -> None:
 @pytest.mark.usefixtures("tiny", "whole")
 @pytest.mark.parametrize("name", TINY)
 def test_accuracy_of_whole_sequences(name: str) -> None:
-    case = TINY[name]
-    assert_accurate(case, run(case, inputs_in(case, torch.float32), backend="triton"), torch.float32)
+    case = dataclasses.replace(TINY[name], n=16)
+    assert_accurate(case, scanned_whole(case, inputs_in(case, torch.float32)), torch.float32)
 
 
 @interpreted
@@ -114,12 +122,19 @@ def test_vectors_of_any_stride() -> None:
 
 
 @interpreted
-@pytest.mark.usefixtures("tiny")
-@pytest.mark.parametrize("path", ["segments", "whole"])
+@pytest.mark.usefixtures("tiny", "whole")
 @pytest.mark.parametrize("reverse", [False, True])
-def test_strides_beyond_32_bits(reverse: bool, path: str, request: pytest.FixtureRequest) -> None:
-    if path == "whole":
-        request.getfixturevalue("whole")
+def test_whole_sequences_with_strides_beyond_32_bits(reverse: bool) -> None:
+    inputs = inputs_in(ScanCase(l=9, d=3, n=16), torch.float16)
+    far = {k: far_view(x) if k in ("u", "delta", "B", "C", "z") else x for k, x in inputs.items()}
+    scan = functools.partial(selective_scan, delta_softplus=True, reverse=reverse, backend="triton")
+    torch.testing.assert_close(scan(**far), scan(**inputs), rtol=0, atol=0)
+
+
+@interpreted
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize("reverse", [False, True])
+def test_strides_beyond_32_bits(reverse: bool) -> None:
     case = ScanCase(l=9, d=3, n=2, reverse=reverse)
     scan = functools.partial(selective_scan, delta_softplus=True, reverse=reverse, backend="triton")
     assert_same_from_afar(case, ("u", "delta", "B", "C", "z"), scan)
@@ -200,7 +215,9 @@ def test_accuracy_on_gpu(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", SCAN_CASES)
 def test_accuracy_of_whole_sequences_on_gpu(name: str, dtype: torch.dtype) -> None:
-    assert_accurate(SCAN_CASES[name], on_gpu(SCAN_CASES[name], dtype), dtype, roundings=64)
+    case = dataclasses.replace(SCAN_CASES[name], n=16)
+    options = {} if case.options["seq_idx"] is None else {"seq_idx": case.options["seq_idx"].cuda()}
+    assert_accurate(case, scanned_whole(case, inputs_in(case, dtype, "cuda"), **options), dtype, roundings=64)
 
 
 @pytest.mark.gpu
