@@ -91,7 +91,8 @@ def backward(
             dy, dfinal_state, x, weight.contiguous(), bias, initial_state, seq_idx, dx, dtaps,
             dinitial_state, *dy.stride(), *x.stride(), *dx.stride(), *strides(seq_idx, 2),
             l, d, d // parts, parts, segments, reverse_mask(reverse),
-            WIDTH=k, SILU=activation, WIDE=wide, SEGMENT=segment, TILE=_BACKWARD_TILE, BLOCK=_BACKWARD_BLOCK, num_warps=1,
+            WIDTH=k, SILU=activation, WIDE=wide, SEGMENT=segment, TILE=_BACKWARD_TILE, BLOCK=_BACKWARD_BLOCK,
+            num_warps=1,
         )  # fmt: skip
         launch(
             sum_taps_kernel, cdiv((k + 1) * d, _SUM_COLUMNS),
