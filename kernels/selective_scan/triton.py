@@ -216,11 +216,11 @@ def backward(
     room = _HISTORY_BYTES if join is None else _PART_HISTORY_BYTES
     slab = max(1, min(chunks, room // (4 * b * (CHUNK // tile) * n * d)))
     A2 = _transposed_log2(A)
-    du, ddelta = (torch.empty(u.shape, dtype=x.dtype, device=u.device) for x in (u, delta))
+    du, ddelta = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (u, delta))
     if dz is None and z is not None:
-        dz = torch.empty(u.shape, dtype=z.dtype, device=u.device)
+        dz = torch.empty_like(z, memory_format=torch.contiguous_format)
     if dB is None or dC is None:
-        dB, dC = (torch.empty(B.shape, dtype=x.dtype, device=u.device) for x in (B, C))
+        dB, dC = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (B, C))
     blocks = cdiv(d // g, block)
     history = _float32(b, slab * (CHUNK // tile), n, d, like=u, spare=d)
     adjoint, dA = (_float32(b, slab, n, d, like=u, spare=d) for _ in range(2))
@@ -304,7 +304,7 @@ def step(
     """One token: the state (b, d, n) in place, returns y (b, d). One launch, so a CUDA graph can hold it."""
     b, d = u.shape
     n, g = A.shape[1], B.shape[1]
-    y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
+    y = torch.empty_like(u, memory_format=torch.contiguous_format)
     D, delta_bias = (None if x is None else x.contiguous() for x in (D, delta_bias))
     block_n = min(next_power_of_2(n), 32)
     block = 1024 // block_n if d > 4096 else 256 // block_n
@@ -412,9 +412,9 @@ def _transposed_log2(A: Tensor) -> Tensor:
 def _float32(*shape: int, like: Tensor, spare: int = 0) -> Tensor:
     """Uninitialised, with memory for ``spare`` more numbers behind it: the kernels read one row too many."""
     if spare == 0:
-        return torch.empty(shape, dtype=torch.float32, device=like.device)
+        return like.new_empty(shape, dtype=torch.float32)
     strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
-    return torch.empty(math.prod(shape) + spare, dtype=torch.float32, device=like.device).as_strided(shape, strides)
+    return like.new_empty((math.prod(shape) + spare,), dtype=torch.float32).as_strided(shape, strides)
 
 
 def _contiguous32(x: Tensor | None) -> Tensor | None:
