@@ -162,10 +162,11 @@ def prefetch_rows(
     """``prefetch`` for BLOCK channels from ``first`` of rows t to t + TILE from ``pointer``: a row is asked for at
     32 / TILE places. Rows after t + ``last`` and channels from ``per_group_end`` on, which may not exist, become the
     nearest one."""
+    pointer += t * step
     if LEVEL > 0:
         lane = tl.arange(0, 32)
         channel = tl.minimum(first + lane // TILE * (BLOCK * TILE // 32), per_group_end - 1)
-        prefetch(pointer + (t + tl.minimum(lane % TILE, last)) * step + channel * stride_c, LEVEL)
+        prefetch(pointer + tl.minimum(lane % TILE, last) * step + channel * stride_c, LEVEL)
 
 
 @triton.jit

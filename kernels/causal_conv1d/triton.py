@@ -12,7 +12,7 @@ from seqssm.kernels.triton_tiles import reverse_mask, strides, use_device, wide_
 _INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 # Tokens in flight, forwards and backwards; channels of a program, which is one warp.
 _TILE, _BACKWARD_TILE = (4, 4) if _INTERPRET else (8, 16)
-_BLOCK, _BACKWARD_BLOCK = 128, 64
+_BLOCK = 128
 # Tokens of a program: the most, and, where that many programs would not fill the GPU, the least.
 _SEGMENT, _SHORTEST_SEGMENT = 256, 64
 _ENOUGH_PROGRAMS = 4096
@@ -69,7 +69,7 @@ def backward(
     k = weight.shape[1]
     parts = len(reverse)
     bias = None if bias is None else bias.contiguous()
-    blocks = b * parts * cdiv(d // parts, _BACKWARD_BLOCK)
+    blocks = b * parts * cdiv(d // parts, _BLOCK)
     segment = _segment(blocks, l, k) - (k - 1)  # with the tokens beyond its end, a program then takes whole tiles
     segments = cdiv(l, segment)
     if dx is None:
@@ -91,8 +91,7 @@ def backward(
             dy, dfinal_state, x, weight.contiguous(), bias, initial_state, seq_idx, dx, dtaps,
             dinitial_state, *dy.stride(), *x.stride(), *dx.stride(), *strides(seq_idx, 2),
             l, d, d // parts, parts, segments, reverse_mask(reverse),
-            WIDTH=k, SILU=activation, WIDE=wide, SEGMENT=segment, TILE=_BACKWARD_TILE, BLOCK=_BACKWARD_BLOCK,
-            num_warps=1,
+            WIDTH=k, SILU=activation, WIDE=wide, SEGMENT=segment, TILE=_BACKWARD_TILE, BLOCK=_BLOCK, num_warps=1,
         )  # fmt: skip
         launch(
             sum_taps_kernel, cdiv((k + 1) * d, _SUM_COLUMNS),

@@ -39,7 +39,7 @@ def test_in_the_interpreter() -> None:
 @pytest.mark.parametrize("name", TINY)
 def test_accuracy_float32(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module = importlib.import_module("seqssm.kernels.causal_conv1d.triton")
-    for name_of, size in {"_BLOCK": 16, "_BACKWARD_BLOCK": 16, "_SEGMENT": 16, "_SHORTEST_SEGMENT": 8}.items():
+    for name_of, size in {"_BLOCK": 16, "_SEGMENT": 16, "_SHORTEST_SEGMENT": 8}.items():
         monkeypatch.setattr(module, name_of, size)
     case = TINY[name]
     assert_accurate(case, run(case, inputs_in(case, torch.float32), backend="triton"), torch.float32)
