@@ -54,6 +54,8 @@ class OptimizerConfig:
         weight_decay: applied to matrices only: never to A_log, D, dt_bias, norms and biases.
         beta1: decay of the first moment.
         beta2: decay of the second moment.
+        eps: what is added to a gradient's size before it is divided by it: gradients far below it hardly move a weight.
+            Those of step sizes that start next to zero are as small as the step sizes.
         warmup_fraction: share of all steps in which the rate rises linearly from zero.
         final_fraction: the rate at the last step, as a share of ``lr``.
     """
@@ -62,6 +64,7 @@ class OptimizerConfig:
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95
+    eps: float = 1e-8
     warmup_fraction: float = 0.1
     final_fraction: float = 0.02
 
@@ -127,7 +130,8 @@ class Task(Network, pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         c = self.optimizer_config
-        optimizer = torch.optim.AdamW(parameter_groups(self, c.weight_decay), lr=c.lr, betas=(c.beta1, c.beta2))
+        groups = parameter_groups(self, c.weight_decay)
+        optimizer = torch.optim.AdamW(groups, lr=c.lr, betas=(c.beta1, c.beta2), eps=c.eps)
         total = self._total_steps()
         schedule = warmup_cosine(optimizer, int(c.warmup_fraction * total), total, c.final_fraction)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

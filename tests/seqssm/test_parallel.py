@@ -1,4 +1,4 @@
-"""Sequences split over processes equal whole ones: outputs and every gradient, over gloo on the CPU."""
+"""Sequences split over processes equal whole ones: outputs and every gradient, over gloo on the CPU and over NCCL."""
 
 import importlib.util
 import os
@@ -8,12 +8,13 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
-SCRIPT = Path(__file__).parent / "gloo_cases.py"
+SCRIPT = Path(__file__).parent / "split_cases.py"
 
 
 def load_cases() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("gloo_cases", SCRIPT)
+    spec = importlib.util.spec_from_file_location("split_cases", SCRIPT)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -24,7 +25,7 @@ def load_cases() -> ModuleType:
 def in_processes(
     size: int, cases: list[str], folder: Path, timeout: float = 800, **environment: str
 ) -> list[subprocess.CompletedProcess]:
-    """Run the cases in ``size`` processes that talk through gloo."""
+    """Run the cases in ``size`` processes."""
     command = [sys.executable, str(SCRIPT)]
     started = [
         subprocess.Popen(
@@ -66,5 +67,15 @@ def test_a_split_sequence_equals_a_whole_one(size: int, tmp_path: Path) -> None:
 def test_a_split_layer_in_one_function_equals_a_whole_one(tmp_path: Path) -> None:
     cases = [f"fused/{name}/{variant}" for name in load_cases().FUSED for variant in ("plain", "packed")]
     for result in in_processes(2, cases, tmp_path, TRITON_INTERPRET="1"):
+        assert result.returncode == 0, result.stdout[-4000:]
+        assert result.stdout.count("passed") == len(cases)
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_split_sequence_equals_a_whole_one_over_nccl(tmp_path: Path) -> None:
+    cases = [f"gpu/{name}/{variant}" for name in load_cases().ON_GPUS for variant in ("plain", "packed")]
+    for result in in_processes(2, cases, tmp_path):
         assert result.returncode == 0, result.stdout[-4000:]
         assert result.stdout.count("passed") == len(cases)
