@@ -10,6 +10,7 @@ give its output along with the gradients.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -48,8 +49,8 @@ def run(
     if mixer.operations.split:
         if state is not None:
             raise UserError("a sequence whose length is split over processes starts without a state: give it whole")
-        settings = settings._replace(join=mixer.operations.join(seq_idx, (reverse,)))
-        conv_state = _convolved_before(mixer, x, seq_idx, reverse)
+        before = functools.partial(mixer.operations.before, count=mixer.d_conv - 1, seq_idx=seq_idx, reverse=reverse)
+        settings = settings._replace(join=mixer.operations.join(seq_idx, (reverse,)), before=before)
     y, conv, scan = _Layer.apply(
         settings,
         x,
@@ -60,14 +61,6 @@ def run(
         *weights_of(mixer),
     )
     return y, {"conv": conv, "scan": scan}
-
-
-def _convolved_before(mixer: Mamba, x: Tensor, seq_idx: Tensor | None, reverse: bool) -> Tensor | None:
-    """(b, e, k-1): what the convolution takes from before this part, projected here from the neighbour's tokens."""
-    if mixer.d_conv == 1:
-        return None
-    before = mixer.operations.before(x, mixer.d_conv - 1, seq_idx=seq_idx, reverse=reverse)
-    return F.linear(before, mixer.in_proj.weight[: mixer.d_inner]).mT.contiguous()
 
 
 def settings_of(mixer: Mamba, x: Tensor, source: Normed | None = None, reverse: bool = False) -> Settings:
@@ -86,7 +79,9 @@ class Settings(NamedTuple):
     backend: str
     dtype: torch.dtype
     source: Normed | None
-    join: Join | None = None  # for a part of a sequence
+    # For a part of a sequence: what joins its scan to those of the others, and the tokens before it from its own.
+    join: Join | None = None
+    before: Callable[[Tensor], Tensor] | None = None
 
 
 class Weights(NamedTuple):
@@ -136,6 +131,10 @@ class _Layer(torch.autograd.Function):
     def forward(ctx, settings, x, conv_state, scan_state, seq_idx, residual, *parameters):  # type: ignore[no-untyped-def]
         weights = Weights(*parameters)
         x = x.to(settings.dtype)
+        ctx.halo = None
+        if settings.before is not None and weights.W_conv.shape[-1] > 1:
+            ctx.halo = _Halo(x, settings.before, weights)
+            conv_state = ctx.halo.conv_state.detach()
         out, conv, final_state, states, inner, y = forward(settings, x, conv_state, scan_state, seq_idx, weights)
         # The step sizes' low rank, B and C are a twelfth of all; a product over the whole width makes them.
         kept = (x, *inner, y) if residual is None else (None, None, None, inner.selected, None, None)
@@ -161,7 +160,41 @@ class _Layer(torch.autograd.Function):
                 settings, ctx.needs_input_grad, dout, dconv, dfinal_state,
                 x, inner, y, states, conv_state, scan_state, seq_idx, weights,
             )  # fmt: skip
+            if ctx.halo is not None:
+                dx, dconv_state, *others = gradients
+                ctx.halo.backward(dconv_state, dx, Weights(*others[-len(weights) :]).W_in)
+                gradients = (dx, None, *others)
         return None, *gradients
+
+
+class _Halo:
+    """What the convolution of a part takes from the tokens before it, projected here once more.
+
+    It depends on the first and last few tokens of each part alone: a small graph of autograd of their own, whose
+    gradients are added where those of the layer are, so that nothing of the part's size is made or added up for them.
+    """
+
+    def __init__(self, x: Tensor, before: Callable[[Tensor], Tensor], weights: Weights) -> None:
+        self.count = weights.W_conv.shape[-1] - 1
+        e = weights.W_conv.shape[0]
+        if x.shape[1] < self.count:
+            raise UserError(
+                f"a part of {x.shape[1]} tokens is shorter than the convolution's window of {self.count + 1}: "
+                "split the length over fewer processes"
+            )
+        self.edges = torch.cat([x[:, : self.count], x[:, -self.count :]], dim=1).detach().requires_grad_()
+        self.weight = weights.W_in[:e].detach().to(x.dtype).requires_grad_()
+        with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+            self.conv_state = F.linear(before(self.edges), self.weight).mT.contiguous()  # (b, e, k-1)
+
+    def backward(self, dconv_state: Tensor, dx: Tensor | None, dW_in: Tensor | None) -> None:
+        """Add the gradients to those of the part; every process must call it, since all exchange theirs."""
+        dedges, dweight = torch.autograd.grad(self.conv_state, (self.edges, self.weight), dconv_state)
+        if dx is not None:
+            dx[:, : self.count] += dedges[:, : self.count]
+            dx[:, -self.count :] += dedges[:, self.count :]
+        if dW_in is not None:
+            dW_in[: len(dweight)] += dweight
 
 
 def forward(
@@ -209,6 +242,7 @@ def backward(
     xz, u, selected, delta = inner
     b, l, e = u.shape
     r, n = settings.dt_rank, settings.d_state
+    wanted = Weights(*needed[-len(weights) :])  # type: ignore[arg-type]  # booleans
     backend = _backend(settings, x)
     dout = x.new_zeros(x.shape) if dout is None else dout.to(settings.dtype)
     if dfinal_state is None:
@@ -240,12 +274,12 @@ def backward(
         dselected[..., r + n :] = dC[:, :, 0]
     del dB, dC, dz
     assert y is not None
-    dW_out = _weight_gradient(dout, y, W_out, needed[-2])
+    dW_out = _weight_gradient(dout, y, W_out, wanted.W_out)
     del y
-    dW_dt = _weight_gradient(ddelta, selected[..., :r], W_dt, needed[-6])
+    dW_dt = _weight_gradient(ddelta, selected[..., :r], W_dt, wanted.W_dt)
     torch.mm(ddelta.flatten(0, 1), W_dt.to(settings.dtype), out=dselected.flatten(0, 1)[:, :r])
     del ddelta, delta, inputs, inner
-    dW_x = _weight_gradient(dselected, u, W_x, needed[-7])
+    dW_x = _weight_gradient(dselected, u, W_x, wanted.W_x)
     # The gradient of u on both its ways: into the scan, and into B, C and the step size.
     du = du.flatten(0, 1).addmm_(dselected.flatten(0, 1), W_x.to(settings.dtype)).view(b, l, e)
     del u, dselected
@@ -258,7 +292,7 @@ def backward(
         dxz[..., :e] = dx
     del du, xz
     dx = dxz @ W_in.to(settings.dtype) if needed[1] else None
-    dW_in = _weight_gradient(dxz, x, W_in, needed[-11])
+    dW_in = _weight_gradient(dxz, x, W_in, wanted.W_in)
 
     def like(gradient: Tensor | None, tensor: Tensor | None) -> Tensor | None:
         return None if gradient is None or tensor is None else gradient.to(tensor.dtype)
