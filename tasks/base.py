@@ -11,6 +11,7 @@ from typing import Any, Self
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 
 import seqssm
@@ -126,6 +127,11 @@ class Task(Network, pl.LightningModule):
     # ---- training ----------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
+        if getattr(self, "chunk_length", 0) and isinstance(self.trainer.strategy, FSDPStrategy | ModelParallelStrategy):
+            raise UserError(
+                "model.chunk_length recomputes chunks in the backward pass, when a sharded strategy has given the "
+                "weights back: use trainer.strategy ddp, or chunk_length 0"
+            )
         remember_shapes(self)
 
     def configure_optimizers(self) -> Any:

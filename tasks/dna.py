@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torchmetrics import MetricCollection
@@ -155,11 +154,6 @@ class DNAClassification(DNANetwork, Task):
     _split: LengthSplit | None = None
 
     def on_fit_start(self) -> None:
-        if self.chunk_length and isinstance(self.trainer.strategy, FSDPStrategy | ModelParallelStrategy):
-            raise UserError(
-                "model.chunk_length recomputes chunks in the backward pass, when a sharded strategy has given the "
-                "weights back: use trainer.strategy ddp, or chunk_length 0"
-            )
         if self.class_weights == "balanced":
             by_label = self.trainer.datamodule.report.counts["train"]  # type: ignore[attr-defined]
             counts = torch.tensor([float(by_label[label]) for label in self.labels])

@@ -14,6 +14,7 @@ from seqssm.backbone import Backbone, BackboneConfig
 from seqssm.data.dna.alphabet import MASK, N, decode, encode
 from seqssm.data.dna.sampling import UnlabelledBatch
 from seqssm.errors import UserError
+from seqssm.longcontext.chunked import check_chunkable, next_token_loss
 from seqssm.tasks.base import OptimizerConfig, Task
 from seqssm.tasks.dna_layers import SequenceEmbedding
 
@@ -71,11 +72,13 @@ class DNAPretraining(Task):
             of that for the other.
         kmer, motif: of the embedding, as for :class:`~seqssm.tasks.dna.DNAClassification`.
         lower_weight: weight in the loss of bases in lower case, repeats in a soft-masked genome; 1 treats all alike.
+        chunk_length: for ``next_token``: run longer windows in chunks of so many bases, with the gradients of one pass
+            in the memory of one chunk (:mod:`seqssm.longcontext.chunked`); 0 for one pass.
         optimizer: learning rate and its schedule.
         init_from: a checkpoint whose backbone and embedding to start from.
 
     Raises:
-        UserError: ``next_token`` with a backbone that sees what follows.
+        UserError: ``next_token`` with a backbone that sees what follows, or chunks with one that cannot take them.
     """
 
     def __init__(
@@ -85,24 +88,38 @@ class DNAPretraining(Task):
         kmer: int = 1,
         motif: int = 0,
         lower_weight: float = 1.0,
+        chunk_length: int = 0,
         optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 - frozen
         init_from: str | None = None,
     ) -> None:
         super().__init__(
-            backbone, optimizer, init_from, objective=objective, kmer=kmer, motif=motif, lower_weight=lower_weight
+            backbone,
+            optimizer,
+            init_from,
+            objective=objective,
+            kmer=kmer,
+            motif=motif,
+            lower_weight=lower_weight,
+            chunk_length=chunk_length,
         )
         if objective not in ("next_token", "masked"):
             raise UserError(f"model.objective is {objective!r}: it must be next_token or masked")
         if lower_weight < 0:
             raise UserError(f"model.lower_weight is {lower_weight}: it must not be negative")
         config = self.backbone_config
-        self.objective, self.lower_weight = objective, lower_weight
+        self.objective, self.lower_weight, self.chunk_length = objective, lower_weight, chunk_length
         self.backbone = Backbone(config)
         if objective == "next_token" and not self.backbone.causal:
             raise UserError(
                 "model.objective next_token needs a backbone that sees only the past (bidirectional: none, "
                 "reverse_complement: false): this one would see the answer; use objective: masked"
             )
+        if chunk_length:
+            if objective != "next_token":
+                raise UserError(
+                    "model.chunk_length is for objective next_token: a masked base looks both ways; set it to 0"
+                )
+            check_chunkable(self.backbone, chunk_length, "model.chunk_length")
         self.embedding = SequenceEmbedding(config.d_model, kmer, motif, causal=self.backbone.causal)
         self.base_head = nn.Linear(config.d_model, BASES)
         names = [f"{split}_{name}" for split in ("val", "test") for name in ("perplexity", "perplexity_upper")]
@@ -120,6 +137,8 @@ class DNAPretraining(Task):
             (b, l, 4): at each position for the base after it (``next_token``), or for its own (``masked``). Padding and
             neighbours in the batch do not change them.
         """
+        if self._in_chunks(tokens) and not torch.is_grad_enabled():
+            return self._run_chunks(tokens, lengths)
         x = self.embedding(tokens, lengths)
         if self.backbone_config.reverse_complement:
             x = torch.cat([x, self.embedding(tokens, lengths, other_strand=True)], dim=-1)
@@ -128,6 +147,17 @@ class DNAPretraining(Task):
         seq_idx = None if self.backbone.causal or bool(real.all()) else (~real).to(torch.int32)
         y, _ = self.backbone(x, seq_idx=seq_idx)
         return self._logits(y)
+
+    def _in_chunks(self, tokens: Tensor) -> bool:
+        return 0 < self.chunk_length < tokens.shape[1]
+
+    def _run_chunks(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        logits, state = [], None
+        for start in range(0, tokens.shape[1], self.chunk_length):
+            stop = min(start + self.chunk_length, tokens.shape[1])
+            y, state = self.backbone(self.embedding.chunk(tokens, lengths, start, stop), state)
+            logits.append(self._logits(y))
+        return torch.cat(logits, dim=1)
 
     def _logits(self, y: Tensor) -> Tensor:
         with torch.autocast(device_type=y.device.type, enabled=False):
@@ -156,7 +186,7 @@ class DNAPretraining(Task):
             return self(tokens, torch.full((4,), 1000)).softmax(-1)
 
     def training_step(self, batch: UnlabelledBatch, batch_idx: int) -> Tensor:
-        loss = self._loss(self.predict(batch))
+        loss = self._chunked_loss(batch) if self._in_chunks(batch.tokens) else self._loss(self.predict(batch))
         self.log("train_loss", loss, prog_bar=True, batch_size=len(batch.tokens))
         return loss
 
@@ -165,6 +195,20 @@ class DNAPretraining(Task):
         weight = torch.where(prediction.lower, self.lower_weight, 1.0)
         # A batch may hold nothing to predict (Ns alone, or repeats of weight 0): it then teaches nothing.
         return (nll * weight).sum() / weight.sum().clamp_min(1e-9)
+
+    def _chunked_loss(self, batch: UnlabelledBatch) -> Tensor:
+        tokens, lengths, lower = batch
+        weights = (tokens < N) * torch.where(lower, self.lower_weight, 1.0)
+        loss, _ = next_token_loss(
+            self.backbone,
+            lambda start, stop: self.embedding.chunk(tokens, lengths, start, stop),
+            self._logits,
+            tokens.clamp(max=BASES - 1),  # what is no base weighs nothing
+            chunk_length=self.chunk_length,
+            modules=[self],
+            weights=weights,
+        )
+        return loss
 
     def validation_step(self, batch: UnlabelledBatch, batch_idx: int) -> None:
         self._evaluate(batch, batch_idx, "val")

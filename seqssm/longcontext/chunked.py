@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from seqssm.backbone import Backbone, LanguageModel
+from seqssm.backbone import Backbone
 from seqssm.errors import UserError
 from seqssm.mixers import State
 
@@ -120,10 +120,13 @@ def fold_backbone(
 
 
 def next_token_loss(
-    model: LanguageModel,
+    backbone: Backbone,
+    embed: Callable[[int, int], Tensor],
+    logits: Callable[[Tensor], Tensor],
     tokens: Tensor,
-    chunk_length: int,
     *,
+    chunk_length: int,
+    modules: Iterable[nn.Module] = (),
     weights: Tensor | None = None,
     state: State | None = None,
     offload: bool = False,
@@ -131,31 +134,28 @@ def next_token_loss(
     """The mean cross entropy of predicting each token of a sequence from those before it, chunk by chunk.
 
     Args:
-        model: a causal language model.
-        tokens: (b, l) integers of any integer dtype, on any device: chunks are moved to the model's. At least two.
-        chunk_length: tokens in a chunk.
+        backbone, embed, chunk_length, modules, state, offload: as in :func:`fold_backbone`; ``modules`` are also those
+            of ``logits``.
+        logits: outputs of the backbone (b, l, d) to logits (b, l, c) of the token after each.
+        tokens: (b, l) integers below c of any integer dtype, on any device: chunks are moved to the backbone's. At
+            least two.
         weights: (b, l) how much the prediction of each token counts; the first column does not. 1 each when None.
-        state, offload: as in :func:`fold_backbone`.
 
     Returns:
         The loss in nats a token, a float32 scalar (float64 for a float64 model), and the state behind the last token.
         Where no token counts, the loss is 0.
     """
-    device = model.embedding.weight.device
+    device = backbone.norm.weight.device
     length = tokens.shape[1]
     if length < 2:
         raise ValueError("one token leaves nothing to predict: give two at least")
-
-    def embed(start: int, stop: int) -> Tensor:
-        return model.embedding(tokens[:, start:stop].to(device).long())
 
     def reduce(carry: Carry, y: Tensor, start: int) -> Carry:
         stop = min(start + y.shape[1], length - 1)
         if stop <= start:
             return carry
-        logits = model.logits(y[:, : stop - start])
         target = tokens[:, start + 1 : stop + 1].to(device).long()
-        loss = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none")
+        loss = F.cross_entropy(logits(y[:, : stop - start]).flatten(0, 1), target.flatten(), reduction="none")
         if weights is None:
             return {"loss": carry["loss"] + loss.sum(dtype=torch.float64), "count": carry["count"] + target.numel()}
         weight = weights[:, start + 1 : stop + 1].to(device, loss.dtype).flatten()
@@ -164,17 +164,17 @@ def next_token_loss(
 
     zero = torch.zeros((), dtype=torch.float64, device=device)
     carry, state = fold_backbone(
-        model.backbone,
+        backbone,
         embed,
         reduce,
         {"loss": zero, "count": zero},
         length=length,
         chunk_length=chunk_length,
-        modules=[model],
+        modules=modules,
         state=state,
         offload=offload,
     )
-    wide = torch.promote_types(model.embedding.weight.dtype, torch.float32)
+    wide = torch.promote_types(backbone.norm.weight.dtype, torch.float32)
     count = carry["count"].clamp(min=torch.finfo(torch.float64).tiny)
     return (carry["loss"] / count).to(wide), state
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from seqssm.backbone import Backbone, BackboneConfig, LanguageModel, MixerSpec
 from seqssm.errors import UserError
 from seqssm.longcontext.chunked import check_chunkable, fold, fold_backbone, next_token_loss
+from seqssm.mixers import State
 
 MIXERS = {
     "m": MixerSpec(class_path="Mamba", init_args={"d_state": 4}),
@@ -33,6 +34,13 @@ def make_model(**changes) -> LanguageModel:
 
 def tokens(length: int = LENGTH, batch: int = 2) -> Tensor:
     return torch.randint(0, 11, (batch, length), generator=torch.Generator().manual_seed(1))
+
+
+def language_loss(model: LanguageModel, ids: Tensor, chunk: int, **options) -> tuple[Tensor, State]:
+    def embed(start: int, stop: int) -> Tensor:
+        return model.embedding(ids[:, start:stop].long())
+
+    return next_token_loss(model.backbone, embed, model.logits, ids, chunk_length=chunk, modules=[model], **options)
 
 
 def gradients(module: nn.Module) -> dict[str, Tensor]:
@@ -60,7 +68,7 @@ def test_next_token_loss_and_gradients_equal_one_pass(config: dict, chunk: int) 
     expected = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     expected.backward()
     whole = gradients(model)
-    loss, state = next_token_loss(model, ids.to(torch.uint8), chunk)
+    loss, state = language_loss(model, ids.to(torch.uint8), chunk)
     loss.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
     chunked = gradients(model)
@@ -103,8 +111,8 @@ def test_weights_say_how_much_a_token_counts() -> None:
     weights = torch.rand(ids.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     losses = nn.functional.cross_entropy(model(ids)[0][:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
     expected = (losses * weights[:, 1:].flatten()).sum() / weights[:, 1:].sum()
-    torch.testing.assert_close(next_token_loss(model, ids, 8, weights=weights)[0], expected)
-    nothing, _ = next_token_loss(model, ids, 8, weights=torch.zeros_like(weights))  # a window of N
+    torch.testing.assert_close(language_loss(model, ids, 8, weights=weights)[0], expected)
+    nothing, _ = language_loss(model, ids, 8, weights=torch.zeros_like(weights))  # a window of N
     nothing.backward()
     assert nothing == 0
     assert not model.embedding.weight.grad.any()
@@ -118,8 +126,8 @@ def test_gradients_reach_the_state_that_enters_and_leave_by_the_last() -> None:
 
     def run(chunk: int) -> dict[str, Tensor]:
         entering = {name: value.clone().requires_grad_() for name, value in state.items()}
-        first, between = next_token_loss(model, ids, chunk, state=entering)
-        second, last = next_token_loss(model, more, chunk, state=between)
+        first, between = language_loss(model, ids, chunk, state=entering)
+        second, last = language_loss(model, more, chunk, state=between)
         (first + second + sum((v**2).mean() for v in last.values())).backward()
         return {**gradients(model), **{f"state {name}": value.grad for name, value in entering.items()}}
 
@@ -150,7 +158,7 @@ def test_dropout_is_replayed_and_the_generator_goes_on_undisturbed() -> None:
     expected.backward()
     whole, following = gradients(model), torch.rand(3)
     torch.manual_seed(5)
-    loss, _ = next_token_loss(model, ids, 10)
+    loss, _ = language_loss(model, ids, 10)
     loss.backward()
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(torch.rand(3), following, rtol=0, atol=0)
@@ -170,8 +178,8 @@ def test_autocast_is_replayed(backward_inside: bool) -> None:
     whole = gradients(model)
     with torch.autocast("cpu", torch.bfloat16):
         with torch.no_grad():
-            next_token_loss(model, ids, 10)  # must not leave casts behind that hide weights from gradients
-        loss, _ = next_token_loss(model, ids, 10)
+            language_loss(model, ids, 10)  # must not leave casts behind that hide weights from gradients
+        loss, _ = language_loss(model, ids, 10)
         if backward_inside:
             loss.backward()
     if not backward_inside:
@@ -186,14 +194,14 @@ def test_autocast_is_replayed(backward_inside: bool) -> None:
 
 def test_accumulates_like_any_other_gradient() -> None:
     model, ids = make_model(), tokens()
-    next_token_loss(model, ids, 10)[0].backward()
+    language_loss(model, ids, 10)[0].backward()
     once = {name: p.grad.clone() for name, p in model.named_parameters()}
-    next_token_loss(model, ids, 10)[0].backward()
+    language_loss(model, ids, 10)[0].backward()
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.grad, 2 * once[name])
     seen: list[str] = []
     model.embedding.weight.register_post_accumulate_grad_hook(lambda p: seen.append("embedding"))
-    next_token_loss(model, ids, 10)[0].backward()
+    language_loss(model, ids, 10)[0].backward()
     assert seen == ["embedding"]  # once, not a chunk at a time: what distributed data parallel counts on
 
 
@@ -203,12 +211,12 @@ class ChunkedLoss(nn.Module):
         self.model = model
 
     def forward(self, ids: Tensor) -> Tensor:
-        return next_token_loss(self.model, ids, 10)[0]
+        return language_loss(self.model, ids, 10)[0]
 
 
 def test_distributed_data_parallel_takes_the_gradients(tmp_path: Path) -> None:
     model, ids = make_model(pattern="m2"), tokens()
-    next_token_loss(model, ids, 64)[0].backward()
+    language_loss(model, ids, 64)[0].backward()
     whole = gradients(model)
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
@@ -247,7 +255,7 @@ def test_memory_does_not_grow_with_the_sequence(saved_bytes: type[Held]) -> None
     model, peaks = make_model(), []
     for length, chunk in ((32, 16), (256, 16), (256, 256)):
         before = saved_bytes.peak = saved_bytes.live
-        next_token_loss(model, tokens(length), chunk)[0].backward()
+        language_loss(model, tokens(length), chunk)[0].backward()
         peaks.append(saved_bytes.peak - before)
     assert 0 < peaks[1] < 1.01 * peaks[0]
     assert peaks[2] > 10 * peaks[1]

@@ -115,6 +115,41 @@ def test_lower_case_weighs_less_and_nothing_to_learn_is_no_nan() -> None:
     assert loss == 0
 
 
+@pytest.mark.parametrize("chunk", [7, 59])
+def test_chunks_give_the_loss_the_gradients_and_the_logits_of_one_pass(chunk: int) -> None:
+    task, batch = make_task(kmer=3, motif=4).double(), random_batch([60, 31])
+    task.lower_weight = 0.25
+    whole = task.training_step(batch, 0)
+    whole.backward()
+    expected = {name: parameter.grad.clone() for name, parameter in task.named_parameters()}
+    with torch.no_grad():
+        logits = task(batch.tokens, batch.lengths)
+    task.zero_grad()
+    task.chunk_length = chunk
+    loss = task.training_step(batch, 0)
+    loss.backward()
+    torch.testing.assert_close(loss, whole, rtol=1e-12, atol=0)
+    for name, parameter in task.named_parameters():
+        torch.testing.assert_close(
+            parameter.grad, expected[name], rtol=1e-9, atol=1e-13, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    with torch.no_grad():
+        torch.testing.assert_close(task(batch.tokens, batch.lengths), logits, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("objective", "chunk", "message"),
+    [
+        ("masked", 64, "model.chunk_length is for objective next_token"),
+        ("next_token", 3, "chunks of 3 positions, shorter than the convolution window"),
+    ],
+)
+def test_chunks_that_cannot_be_are_refused(objective: str, chunk: int, message: str) -> None:
+    config = BackboneConfig(d_model=16, n_layers=1, mixers=MAMBA)
+    with pytest.raises(UserError, match=message):
+        DNAPretraining(objective, config, chunk_length=chunk)
+
+
 def test_perplexity_is_of_all_bases_not_a_mean_over_batches() -> None:
     metric = Perplexity()
     values = [torch.tensor([0.1, 0.2, 0.3]), torch.tensor([4.0])]
