@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import threading
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -13,7 +16,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from seqssm.errors import UserError
-from seqssm.longcontext.parallel import LengthSplit, lost_peers_named
+from seqssm.longcontext.parallel import LOST, LengthSplit, lost_peers_named
 
 
 class ContextParallelStrategy(DDPStrategy):
@@ -39,6 +42,7 @@ class ContextParallelStrategy(DDPStrategy):
         self.context = context
         self._length_split: LengthSplit | None = None
         self._data_group: Any = None
+        self._watch: threading.Event | None = None
 
     def setup_environment(self) -> None:
         context = self._context()
@@ -48,6 +52,8 @@ class ContextParallelStrategy(DDPStrategy):
                 f"there are {self.num_processes}: set strategy.context or trainer.devices"
             )
         super().setup_environment()
+        if self.local_rank and not self.cluster_environment.creates_processes_externally:  # Lightning has started it
+            self._watch = stop_with_parent()
         world = self.num_nodes * self.num_processes
         # Every process must make every group, in the same order.
         for first in range(0, world, context):
@@ -82,6 +88,11 @@ class ContextParallelStrategy(DDPStrategy):
                 metric.process_group = self._data_group
         super().setup(trainer)
 
+    def teardown(self) -> None:
+        if self._watch is not None:
+            self._watch.set()
+        super().teardown()
+
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         with lost_peers_named():
             return super().training_step(*args, **kwargs)
@@ -101,3 +112,24 @@ class ContextParallelStrategy(DDPStrategy):
     def reduce(self, *args: Any, **kwargs: Any) -> Any:
         with lost_peers_named():
             return super().reduce(*args, **kwargs)
+
+
+def stop_with_parent(every_s: float = 1.0) -> threading.Event:
+    """End this process soon after the one that started it, unless the event that this returns is set before.
+
+    It would wait for that one's part of an exchange until the timeout, and hold a GPU: while it waits in NCCL, Python
+    handles neither signals nor exceptions.
+
+    Args:
+        every_s: seconds between two looks, in a thread.
+    """
+    parent, over = os.getppid(), threading.Event()
+
+    def watch() -> None:
+        while not over.wait(every_s):
+            if os.getppid() != parent:
+                print(f"seqssm: error: {LOST.format(reason='the first one has gone')}", file=sys.stderr, flush=True)
+                os._exit(1)
+
+    threading.Thread(target=watch, name="stop_with_parent", daemon=True).start()
+    return over

@@ -98,6 +98,31 @@ def test_a_lost_process_stops_all_and_leaves_the_checkpoint_whole(tmp_path: Path
     assert not [path for path in folder.iterdir() if path.suffix == ".ckpt" and path.name != "last.ckpt"]
 
 
+@pytest.mark.parametrize("over", [False, True])
+def test_a_process_ends_with_the_one_that_started_it(over: bool, tmp_path: Path) -> None:
+    (tmp_path / "child.py").write_text(
+        "import time\n"
+        "from seqssm.longcontext.strategy import stop_with_parent\n"
+        "event = stop_with_parent(0.1)\n"
+        f"{'event.set()' if over else ''}\n"
+        "print('up', flush=True)\n"
+        f"time.sleep({2 if over else 300})\n"
+    )
+    parent = (
+        "import os, subprocess, sys\n"
+        f"child = subprocess.Popen([sys.executable, {str(tmp_path / 'child.py')!r}], stdout=subprocess.PIPE)\n"
+        "child.stdout.readline()\n"
+        "os.kill(os.getpid(), 9)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-c", parent]
+    # Standard error is read to its end, which is the child's.
+    result = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, timeout=200)
+    assert result.returncode == -9
+    message = "the first one has gone); all have stopped: start them again, from the last checkpoint"
+    assert (message in result.stderr) is not over
+
+
 @pytest.mark.parametrize("name", ["bf16", "ddp", "fsdp", "context_parallel"])
 def test_trainer_configs_parse(name: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as stopped:
