@@ -34,7 +34,7 @@ from seqssm.kernels.selective_scan.op import selective_scan
 from seqssm.kernels.selective_scan.part import Join, scan_part
 from seqssm.kernels.ssd.op import ssd
 from seqssm.mixers import Attention, Mixer
-from seqssm.mixers.operations import Operations
+from seqssm.mixers.operations import Operations, check_halo
 from seqssm.mixers.segments import last_segment
 
 LOST = (
@@ -293,11 +293,7 @@ class SplitOperations(Operations):
     def _halo(self, x: Tensor, halo: int, seq_idx: Tensor | None, directions: Sequence[bool]) -> Tensor:
         """(b, d, halo): the tokens before this part's first one in reading order, oldest first, zeros where none."""
         rank, size = self.length_split.rank, self.length_split.size
-        if x.shape[1] < halo:
-            raise UserError(
-                f"a part of {x.shape[1]} tokens is shorter than the convolution's window of {halo + 1}: "
-                "split the length over fewer processes"
-            )
+        check_halo(x.shape[1], halo)
         edges = self.length_split.gather(torch.cat([x[:, :halo], x[:, -halo:]], dim=1))  # (size, b, 2 halo, d)
         parts = []
         for against, channels in zip(directions, edges.chunk(len(directions), dim=-1), strict=True):

@@ -22,6 +22,7 @@ from seqssm.errors import UserError
 from seqssm.kernels import dispatch
 from seqssm.kernels.selective_scan.part import Join, decay
 from seqssm.mixers.base import Normed, State
+from seqssm.mixers.operations import check_halo
 
 if TYPE_CHECKING:
     from seqssm.mixers.mamba import Mamba
@@ -177,11 +178,7 @@ class _Halo:
     def __init__(self, x: Tensor, before: Callable[[Tensor], Tensor], weights: Weights) -> None:
         self.count = weights.W_conv.shape[-1] - 1
         e = weights.W_conv.shape[0]
-        if x.shape[1] < self.count:
-            raise UserError(
-                f"a part of {x.shape[1]} tokens is shorter than the convolution's window of {self.count + 1}: "
-                "split the length over fewer processes"
-            )
+        check_halo(x.shape[1], self.count)
         self.edges = torch.cat([x[:, : self.count], x[:, -self.count :]], dim=1).detach().requires_grad_()
         self.weight = weights.W_in[:e].detach().to(x.dtype).requires_grad_()
         with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):

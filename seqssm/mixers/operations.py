@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from seqssm.errors import UserError
 from seqssm.kernels.causal_conv1d.op import causal_conv1d
 from seqssm.kernels.selective_scan.op import selective_scan
 from seqssm.kernels.selective_scan.part import Join
@@ -63,3 +64,12 @@ class Operations:
 
 
 WHOLE = Operations()
+
+
+def check_halo(tokens: int, halo: int) -> None:
+    """Refuse a part of a sequence that has fewer tokens than a convolution takes from before it."""
+    if tokens < halo:
+        raise UserError(
+            f"a part of {tokens} tokens is shorter than the convolution's window of {halo + 1}: "
+            "split the length over fewer processes"
+        )
