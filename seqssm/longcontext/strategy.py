@@ -52,6 +52,7 @@ class ContextParallelStrategy(DDPStrategy):
                 f"there are {self.num_processes}: set strategy.context or trainer.devices"
             )
         super().setup_environment()
+        assert self.cluster_environment is not None
         if self.local_rank and not self.cluster_environment.creates_processes_externally:  # Lightning has started it
             self._watch = stop_with_parent()
         world = self.num_nodes * self.num_processes

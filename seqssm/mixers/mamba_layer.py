@@ -163,7 +163,7 @@ class _Layer(torch.autograd.Function):
             )  # fmt: skip
             if ctx.halo is not None:
                 dx, dconv_state, *others = gradients
-                ctx.halo.backward(dconv_state, dx, Weights(*others[-len(weights) :]).W_in)
+                ctx.halo.backward(dconv_state, dx, dW_in=gradients[-len(weights)])
                 gradients = (dx, None, *others)
         return None, *gradients
 
@@ -239,7 +239,7 @@ def backward(
     xz, u, selected, delta = inner
     b, l, e = u.shape
     r, n = settings.dt_rank, settings.d_state
-    wanted = Weights(*needed[-len(weights) :])  # type: ignore[arg-type]  # booleans
+    wanted = dict(zip(Weights._fields, needed[-len(weights) :], strict=True))
     backend = _backend(settings, x)
     dout = x.new_zeros(x.shape) if dout is None else dout.to(settings.dtype)
     if dfinal_state is None:
@@ -271,12 +271,12 @@ def backward(
         dselected[..., r + n :] = dC[:, :, 0]
     del dB, dC, dz
     assert y is not None
-    dW_out = _weight_gradient(dout, y, W_out, wanted.W_out)
+    dW_out = _weight_gradient(dout, y, W_out, wanted["W_out"])
     del y
-    dW_dt = _weight_gradient(ddelta, selected[..., :r], W_dt, wanted.W_dt)
+    dW_dt = _weight_gradient(ddelta, selected[..., :r], W_dt, wanted["W_dt"])
     torch.mm(ddelta.flatten(0, 1), W_dt.to(settings.dtype), out=dselected.flatten(0, 1)[:, :r])
     del ddelta, delta, inputs, inner
-    dW_x = _weight_gradient(dselected, u, W_x, wanted.W_x)
+    dW_x = _weight_gradient(dselected, u, W_x, wanted["W_x"])
     # The gradient of u on both its ways: into the scan, and into B, C and the step size.
     du = du.flatten(0, 1).addmm_(dselected.flatten(0, 1), W_x.to(settings.dtype)).view(b, l, e)
     del u, dselected
@@ -289,7 +289,7 @@ def backward(
         dxz[..., :e] = dx
     del du, xz
     dx = dxz @ W_in.to(settings.dtype) if needed[1] else None
-    dW_in = _weight_gradient(dxz, x, W_in, wanted.W_in)
+    dW_in = _weight_gradient(dxz, x, W_in, wanted["W_in"])
 
     def like(gradient: Tensor | None, tensor: Tensor | None) -> Tensor | None:
         return None if gradient is None or tensor is None else gradient.to(tensor.dtype)
