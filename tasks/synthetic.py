@@ -86,6 +86,8 @@ class SequenceRecall(Task):
         backbone: the model, forward only.
         chunk_length: run longer sequences in chunks of so many tokens, with the gradients of one pass in the memory of
             one chunk; 0 for one pass.
+        label_smoothing: share of each target spread evenly over the vocabulary. A loss that goes to zero asks for no
+            more than the largest logit; this one goes on asking for the same logits, whatever stands between.
         optimizer: learning rate and its schedule.
         init_from: a checkpoint whose weights to start from.
     """
@@ -95,11 +97,19 @@ class SequenceRecall(Task):
         vocabulary_size: int,
         backbone: BackboneConfig = BackboneConfig(d_model=64, n_layers=2),  # noqa: B008 - frozen
         chunk_length: int = 0,
+        label_smoothing: float = 0.0,
         optimizer: OptimizerConfig = OptimizerConfig(lr=1e-3),  # noqa: B008 - frozen
         init_from: str | None = None,
     ) -> None:
-        super().__init__(backbone, optimizer, init_from, vocabulary_size=vocabulary_size, chunk_length=chunk_length)
-        self.vocabulary_size, self.chunk_length = vocabulary_size, chunk_length
+        super().__init__(
+            backbone,
+            optimizer,
+            init_from,
+            vocabulary_size=vocabulary_size,
+            chunk_length=chunk_length,
+            label_smoothing=label_smoothing,
+        )
+        self.vocabulary_size, self.chunk_length, self.label_smoothing = vocabulary_size, chunk_length, label_smoothing
         self.backbone = Backbone(self.backbone_config)
         if not self.backbone.causal:
             raise UserError("recall reads forward only: set backbone.bidirectional: none, reverse_complement: false")
@@ -137,7 +147,7 @@ class SequenceRecall(Task):
 
     def training_step(self, batch: RecallBatch, batch_idx: int) -> Tensor:
         logits = self(batch.tokens, batch.targets.shape[1])
-        loss = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten())
+        loss = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), label_smoothing=self.label_smoothing)
         right = (logits.argmax(-1) == batch.targets).float().mean()
         self.log_dict({"train_loss": loss, "train_accuracy": right}, prog_bar=True, batch_size=len(batch.targets))
         return loss
