@@ -143,6 +143,7 @@ def build_datamodule(
     from seqssm.data.synthetic_tasks import SyntheticDataModule
     from seqssm.tasks.base import task_class
     from seqssm.tasks.pretraining import DNAPretraining
+    from seqssm.tasks.synthetic import NeedleSearch
     from seqssm.tasks.tagging import AudioTagging
 
     if config is not None:
@@ -159,7 +160,7 @@ def build_datamodule(
     section = {**section, "init_args": {**section.get("init_args", {}), **changes}}
     task = task_class(loaded, str(loaded.description["task"]))
     kind: type[pl.LightningDataModule] = SyntheticDataModule
-    if issubclass(task, DNANetwork | DNAPretraining):
+    if issubclass(task, DNANetwork | DNAPretraining) and not issubclass(task, NeedleSearch):
         kind = DNADataModule
     elif issubclass(task, AudioTagging):
         kind = AudioTaggingDataModule
