@@ -18,6 +18,9 @@ from torchmetrics import Metric
 from seqssm.errors import UserError
 from seqssm.longcontext.parallel import LOST, LengthSplit, lost_peers_named
 
+STARTED_BY = "SEQSSM_STARTED_BY"
+"""Environment variable: the process that has started the others of a run on its machine."""
+
 
 class ContextParallelStrategy(DDPStrategy):
     """Split each sequence over ``context`` processes, and the batches over groups of them.
@@ -44,6 +47,13 @@ class ContextParallelStrategy(DDPStrategy):
         self._data_group: Any = None
         self._watch: threading.Event | None = None
 
+    def _configure_launcher(self) -> None:
+        super()._configure_launcher()
+        assert self.cluster_environment is not None
+        if not self.cluster_environment.creates_processes_externally:
+            # This process is going to start the others, which take its environment.
+            os.environ[STARTED_BY] = str(os.getpid())
+
     def setup_environment(self) -> None:
         context = self._context()
         if context < 1 or self.num_processes % context:
@@ -52,8 +62,7 @@ class ContextParallelStrategy(DDPStrategy):
                 f"there are {self.num_processes}: set strategy.context or trainer.devices"
             )
         super().setup_environment()
-        assert self.cluster_environment is not None
-        if self.local_rank and not self.cluster_environment.creates_processes_externally:  # Lightning has started it
+        if os.environ.get(STARTED_BY) == str(os.getppid()):
             self._watch = stop_with_parent()
         world = self.num_nodes * self.num_processes
         # Every process must make every group, in the same order.

@@ -72,10 +72,10 @@ def test_a_split_layer_in_one_function_equals_a_whole_one(tmp_path: Path) -> Non
 
 
 @pytest.mark.gpu
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)  # each case compiles kernels of its own
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_a_split_sequence_equals_a_whole_one_over_nccl(tmp_path: Path) -> None:
     cases = [f"gpu/{name}/{variant}" for name in load_cases().ON_GPUS for variant in ("plain", "packed")]
-    for result in in_processes(2, cases, tmp_path):
+    for result in in_processes(2, cases, tmp_path, timeout=1700):
         assert result.returncode == 0, result.stdout[-4000:]
         assert result.stdout.count("passed") == len(cases)

@@ -6,13 +6,14 @@ import sys
 from datetime import timedelta
 from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
 import torch
 
 from seqssm.cli import main
 from seqssm.errors import UserError
 from seqssm.longcontext.parallel import LengthSplit, split_mixers
-from seqssm.longcontext.strategy import ContextParallelStrategy
+from seqssm.longcontext.strategy import STARTED_BY, ContextParallelStrategy
 from seqssm.mixers import Attention
 
 CONFIG = """
@@ -121,6 +122,17 @@ def test_a_process_ends_with_the_one_that_started_it(over: bool, tmp_path: Path)
     assert result.returncode == -9
     message = "the first one has gone); all have stopped: start them again, from the last checkpoint"
     assert (message in result.stderr) is not over
+
+
+def test_the_others_know_who_started_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setenv(STARTED_BY, "")
+    pl.Trainer(accelerator="cpu", devices=2, strategy=ContextParallelStrategy(), logger=False)
+    assert os.environ[STARTED_BY] == str(os.getpid())
+    monkeypatch.setenv(STARTED_BY, "")
+    monkeypatch.setenv("LOCAL_RANK", "1")  # started by something else
+    pl.Trainer(accelerator="cpu", devices=2, strategy=ContextParallelStrategy(), logger=False)
+    assert not os.environ[STARTED_BY]
 
 
 @pytest.mark.parametrize("name", ["bf16", "ddp", "fsdp", "context_parallel"])
