@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from seqssm.errors import UserError
 from seqssm.mixers import State
 
-PoolingKind = Literal["mean", "mean_max", "attention", "last"]
+PoolingKind = Literal["mean", "mean_max", "attention", "last", "features"]
 Downsampling = Literal["stride", "max"]
+BandPooling = Literal["flatten", "mean"]
 
 
 def real_positions(lengths: Tensor, size: int) -> Tensor | None:
@@ -56,6 +57,15 @@ class MaskedBatchNorm(nn.Module):
         return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
 
 
+class _Convolution(NamedTuple):
+    """What one convolution of a stem reads, and whether it ends a layer, by a stride in time of so much."""
+
+    channels: int
+    bands: int
+    ends: bool
+    stride: int
+
+
 class FrameStem(nn.Module):
     """Log-mel frames to tokens: 3 x 3 convolutions in time and frequency, then one projection of all bands.
 
@@ -68,10 +78,13 @@ class FrameStem(nn.Module):
         frame_group: g, frames a token.
         channels: of each layer.
         causal: whether it sees the past alone.
-        downsampling: by the convolutions' strides, or by maxima of what dense convolutions give, which costs more.
+        downsampling: by the strides of a layer's last convolution, or by maxima of what dense ones give, which costs
+            more.
+        depth: convolutions a layer.
+        bands: whether the projection reads every band that is left, or their mean.
 
     Raises:
-        UserError: more time strides than layers.
+        UserError: more time strides than layers, or no convolutions.
     """
 
     def __init__(
@@ -82,6 +95,8 @@ class FrameStem(nn.Module):
         channels: list[int],
         causal: bool,
         downsampling: Downsampling = "stride",
+        depth: int = 1,
+        bands: BandPooling = "flatten",
     ) -> None:
         super().__init__()
         strides = _factors(frame_group)
@@ -90,22 +105,24 @@ class FrameStem(nn.Module):
                 f"model.frame_group {frame_group} takes {len(strides)} layers with a time stride, stem_channels has "
                 f"{len(channels)}: choose a frame_group such as 2, 4 or 8, or give more stem_channels"
             )
-        self.frame_group, self.causal, self.downsampling = frame_group, causal, downsampling
-        self.strides = [*strides, *[1] * (len(channels) - len(strides))]
-        bands, inputs = n_mels, [1, *channels[:-1]]
+        if depth < 1:
+            raise UserError(f"model.stem_depth is {depth}: a layer of the stem needs a convolution")
+        self.frame_group, self.causal, self.downsampling, self.bands = frame_group, causal, downsampling, bands
         self.convolutions = nn.ModuleList()
         self.norms = nn.ModuleList()
-        self._inputs: list[tuple[int, int]] = []  # channels and bands that each layer reads
-        for before, after, stride in zip(inputs, channels, self.strides, strict=True):
-            self._inputs.append((before, bands))
-            if downsampling == "max":
-                self.convolutions.append(nn.Conv2d(before, after, 3, bias=False))
-            else:
-                kernel = (stride + 1 if stride > 1 else 3, 3)
-                self.convolutions.append(nn.Conv2d(before, after, kernel, (stride, 2), bias=False))
-            self.norms.append(MaskedBatchNorm(after))
-            bands = -(-bands // 2)
-        self.projection = nn.Linear(channels[-1] * bands, d_model)
+        self._plan: list[_Convolution] = []
+        before, left = 1, n_mels
+        for after, stride in zip(channels, [*strides, *[1] * (len(channels) - len(strides))], strict=True):
+            for i in range(depth):
+                one = _Convolution(before, left, i == depth - 1, stride)
+                kernel = (3 if self._dense(one) else stride + 1, 3)
+                step = (stride, 2) if one.ends and downsampling == "stride" else (1, 1)
+                self._plan.append(one)
+                self.convolutions.append(nn.Conv2d(before, after, kernel, step, bias=False))
+                self.norms.append(MaskedBatchNorm(after))
+                before = after
+            left = -(-left // 2)
+        self.projection = nn.Linear(channels[-1] * (left if bands == "flatten" else 1), d_model)
 
     def tokens(self, frames: Tensor) -> Tensor:
         """Tokens that so many frames make."""
@@ -115,16 +132,16 @@ class FrameStem(nn.Module):
         """The frames before the first: zeros, which is what padding holds."""
         weight = self.projection.weight
         return {
-            str(i): weight.new_zeros(batch, channels, self._past(stride), bands)
-            for i, (stride, (channels, bands)) in enumerate(zip(self.strides, self._inputs, strict=True))
+            str(i): weight.new_zeros(batch, one.channels, self._past(one), one.bands)
+            for i, one in enumerate(self._plan)
         }
 
-    def _dense(self, stride: int) -> bool:
-        """Whether the layer's convolution gives something for every frame that it reads."""
-        return stride == 1 or self.downsampling == "max"
+    def _dense(self, one: _Convolution) -> bool:
+        """Whether the convolution gives something for every frame that it reads."""
+        return not one.ends or one.stride == 1 or self.downsampling == "max"
 
-    def _past(self, stride: int) -> int:
-        return 2 if self._dense(stride) else 1
+    def _past(self, one: _Convolution) -> int:
+        return 2 if self._dense(one) else 1
 
     def forward(self, features: Tensor, lengths: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """Make tokens.
@@ -141,23 +158,25 @@ class FrameStem(nn.Module):
         real = real_positions(lengths, x.shape[2])
         x = _masked(x, real)
         new_state: State = {}
-        for i, (convolution, norm) in enumerate(zip(self.convolutions, self.norms, strict=True)):
-            stride, past = self.strides[i], self._past(self.strides[i])
+        for i, (one, convolution, norm) in enumerate(zip(self._plan, self.convolutions, self.norms, strict=True)):
+            past = self._past(one)
             if state is not None:
                 x = torch.cat([state[str(i)].to(x.dtype), x], dim=2)
                 new_state[str(i)] = x[:, :, x.shape[2] - past :].clone()
-            # A strided layer needs one frame of the past; a dense one looks two back, or one to either side.
-            ahead = 1 if self._dense(stride) and not self.causal else 0
+            # A strided convolution needs one frame of the past; a dense one looks two back, or one to either side.
+            ahead = 1 if self._dense(one) and not self.causal else 0
             x = convolution(F.pad(x, (1, 1, 0 if state is not None else past - ahead, ahead)))
-            if self.downsampling == "max":
+            if one.ends and self.downsampling == "stride":
+                lengths = -(-lengths // one.stride)
+                real = real_positions(lengths, x.shape[2])
+            x = _masked(F.relu(norm(x, real)), real)
+            if one.ends and self.downsampling == "max":
                 # Nothing is negative, so the zeros of the padding change no maximum.
-                x = _masked(F.relu(norm(x, real)), real)
-                x = F.max_pool2d(x, (stride, 2), ceil_mode=True)
-            lengths = -(-lengths // stride)
-            real = real_positions(lengths, x.shape[2])
-            if self.downsampling == "stride":
-                x = _masked(F.relu(norm(x, real)), real)
-        return self.projection(x.transpose(1, 2).flatten(2)), new_state
+                x = F.max_pool2d(x, (one.stride, 2), ceil_mode=True)
+                lengths = -(-lengths // one.stride)
+                real = real_positions(lengths, x.shape[2])
+        x = x.mean(3).transpose(1, 2) if self.bands == "mean" else x.transpose(1, 2).flatten(2)
+        return self.projection(x), new_state
 
 
 def _masked(x: Tensor, real: Tensor | None) -> Tensor:
@@ -242,3 +261,39 @@ class Pooling(nn.Module):
             state = {**state, "highest": torch.maximum(state["highest"], logits.amax(1))}
             clip = (clip + state["highest"]) / 2
         return clip.to(logits.dtype), state
+
+
+class FeaturePooling(nn.Module):
+    """What the head reads of a whole clip: the mean over time of every feature plus its greatest value.
+
+    A single frame is a clip of its own: twice its features. The running form carries the sum, the count and the
+    greatest value, so that a stream of any length takes constant memory.
+
+    Args:
+        width: number of features d.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    def init_state(self, batch: int, device: torch.device | str | None = None) -> State:
+        """Nothing pooled yet. Sums are float64: ten hours are a million frames."""
+        zeros = torch.zeros(batch, self.width, dtype=torch.float64, device=device)
+        return {"count": zeros[:, :1].clone(), "total": zeros, "highest": torch.full_like(zeros, -torch.inf)}
+
+    def forward(self, y: Tensor, lengths: Tensor) -> Tensor:
+        """Pool y (b, t, d) over the first ``lengths`` (b,): (b, d)."""
+        real = real_positions(lengths, y.shape[1])
+        known = y if real is None else y.masked_fill(~real[..., None], 0)
+        greatest = y if real is None else y.masked_fill(~real[..., None], -torch.inf)
+        return known.sum(1) / lengths[:, None] + greatest.amax(1)
+
+    def advance(self, y: Tensor, state: State) -> tuple[Tensor, State]:
+        """Go on pooling: the pooled features (b, d) of all frames so far, and the state."""
+        state = {
+            "count": state["count"] + y.shape[1],
+            "total": state["total"] + y.double().sum(1),
+            "highest": torch.maximum(state["highest"], y.amax(1).double()),
+        }
+        return (state["total"] / state["count"] + state["highest"]).to(y.dtype), state

@@ -6,13 +6,23 @@ import math
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seqssm.backbone import Backbone, BackboneConfig
 from seqssm.data.audio.reading import Sound, sound_blocks
 from seqssm.data.features import FeatureConfig
 from seqssm.errors import UserError
-from seqssm.tasks.audio_layers import Downsampling, FrameStem, Pooling, PoolingKind, real_positions
+from seqssm.mixers import State
+from seqssm.tasks.audio_layers import (
+    BandPooling,
+    Downsampling,
+    FeaturePooling,
+    FrameStem,
+    Pooling,
+    PoolingKind,
+    real_positions,
+)
 from seqssm.tasks.network import Network
 
 if TYPE_CHECKING:
@@ -60,6 +70,9 @@ class TaggingNetwork(Network):
         dropout: float = 0.0,
         thresholds: list[float] | None = None,
         stem_downsampling: Downsampling = "stride",
+        stem_depth: int = 1,
+        stem_bands: BandPooling = "flatten",
+        stem_skip: bool = False,
         **training: Any,
     ) -> None:
         # Checkpoints hold plain data.
@@ -75,6 +88,9 @@ class TaggingNetwork(Network):
             dropout=dropout,
             thresholds=thresholds,
             stem_downsampling=stem_downsampling,
+            stem_depth=stem_depth,
+            stem_bands=stem_bands,
+            stem_skip=stem_skip,
             **training,
         )
         classes = len(labels)
@@ -88,11 +104,22 @@ class TaggingNetwork(Network):
             raise UserError("backbone.reverse_complement is for DNA: set it to false")
         self.backbone = Backbone(config)
         self.stem = FrameStem(
-            features.n_mels, config.d_model, frame_group, list(stem_channels), self.backbone.causal, stem_downsampling
+            features.n_mels,
+            config.d_model,
+            frame_group,
+            list(stem_channels),
+            self.backbone.causal,
+            stem_downsampling,
+            stem_depth,
+            stem_bands,
         )
-        self.pooling = Pooling(pooling, config.d_model, classes)
+        self.stem_skip = stem_skip
+        width = config.d_model * (2 if stem_skip else 1)
+        self.pooling: Pooling | FeaturePooling = (
+            FeaturePooling(width) if pooling == "features" else Pooling(pooling, width, classes)
+        )
         self.dropout = nn.Dropout(dropout)
-        self.head = nn.Linear(config.d_model, classes)
+        self.head = nn.Linear(width, classes)
         if multi_label:
             nn.init.constant_(self.head.bias, -math.log(max(classes - 1, 1)))  # a class is present once in c clips
 
@@ -136,14 +163,30 @@ class TaggingNetwork(Network):
         real = real_positions(lengths, x.shape[1])
         # Padding precedes the real tokens of a backward scan: its own segment keeps it out of their state.
         seq_idx = None if real is None or self.causal else (~real).to(torch.int32)
-        return self.backbone(x, seq_idx=seq_idx)[0], lengths
+        return self.heard(x, self.backbone(x, seq_idx=seq_idx)[0]), lengths
+
+    def heard(self, x: Tensor, y: Tensor) -> Tensor:
+        """What the head reads: tokens y (b, t, d) behind the backbone and, with ``stem_skip``, those before it, x."""
+        return torch.cat([y, F.relu(x).to(y.dtype)], -1) if self.stem_skip else y
 
     def score(self, y: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Frame logits (b, t, c) and clip logits (b, c) of tokens (b, t, d) behind the backbone."""
+        """Frame logits (b, t, c) and clip logits (b, c) of what :meth:`encode` gave."""
         with torch.autocast(device_type=y.device.type, enabled=False):
-            y = self.dropout(y.to(self.head.weight.dtype))
+            y = y.to(self.head.weight.dtype)
+            if isinstance(self.pooling, FeaturePooling):
+                return self.head(2 * y), self.head(self.dropout(self.pooling(y, lengths)))
+            y = self.dropout(y)
             logits = self.head(y)
             return logits, self.pooling(logits, y, lengths)
+
+    def advance_scores(self, y: Tensor, state: State) -> tuple[Tensor, Tensor, State]:
+        """Logits of further tokens (b, t, c), of the clip so far (b, c), and the state of the pooling."""
+        if isinstance(self.pooling, FeaturePooling):
+            pooled, state = self.pooling.advance(y, state)
+            return self.head(2 * y), self.head(pooled), state
+        logits = self.head(y)
+        clip, state = self.pooling.advance(logits, y, state)
+        return logits, clip, state
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Logits (..., c) to probabilities: each class for itself, or summing to one with one label a clip."""

@@ -59,7 +59,7 @@ class DeviceClips:
         """The items of these numbers, with their features."""
         clips, augment = self.clips, self.augment
         epochs, at = np.divmod(np.array(items), clips.clips_per_epoch)
-        first = np.array([clips._order(int(epoch))[i] for epoch, i in zip(epochs, at, strict=True)])
+        first = np.array([clips.order(int(epoch))[i] for epoch, i in zip(epochs, at, strict=True)])
         rng = np.random.default_rng([clips.seed, items[0], 6])
         members, shares = self._members(first, rng)  # (b, k)
         used = np.minimum(self.sizes[members], clips.crop or self.sizes[members])
@@ -113,7 +113,7 @@ class DeviceClips:
         if self.augment is None or not self.augment.mixup:
             return first[:, None], np.ones((count, 1))
         mixed = rng.random(count) < self.augment.mixup
-        second = rng.choice(len(clips.split), count, p=clips._chance)
+        second = rng.choice(len(clips.split), count, p=clips.chance)
         share = np.where(mixed, rng.beta(self.augment.mixup_alpha, self.augment.mixup_alpha, count), 1)
         return np.stack([first, np.where(mixed, second, first)], 1), np.stack([share, 1 - share], 1)
 

@@ -169,25 +169,25 @@ class TrainingClips(Dataset[Sample]):
         if balance:
             rarity = 1 / np.maximum(split.targets.sum(0), 1)
             weight = np.array([rarity[row].sum() for row in split.targets])
-        self._chance = weight / weight.sum() if weight.any() else np.full(len(split), 1 / len(split))
-        self._order = lru_cache(maxsize=2)(self.draw)
+        self.chance = weight / weight.sum() if weight.any() else np.full(len(split), 1 / len(split))
+        self.order = lru_cache(maxsize=2)(self.draw)
 
     def __len__(self) -> int:
         return self.clips_per_epoch
 
     def __getstate__(self) -> dict[str, object]:
-        return {key: value for key, value in self.__dict__.items() if key != "_order"}
+        return {key: value for key, value in self.__dict__.items() if key != "order"}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
-        self._order = lru_cache(maxsize=2)(self.draw)
+        self.order = lru_cache(maxsize=2)(self.draw)
 
     def draw(self, epoch: int) -> np.ndarray:
         """Positions in the split of the epoch's items, before mixing."""
         rng = np.random.default_rng([self.seed, epoch, 0])
         per_clip = self.split.targets.sum(1)
         if self.balance and (per_clip != 1).any():
-            return rng.choice(len(self.split), self.clips_per_epoch, p=self._chance)
+            return rng.choice(len(self.split), self.clips_per_epoch, p=self.chance)
         label = self.split.targets.argmax(1) if self.balance else np.zeros(len(self.split), np.int64)
         pools = [np.flatnonzero(label == one) for one in np.unique(label)]
         pool_of_item = rng.permutation(np.arange(self.clips_per_epoch) % len(pools))
@@ -200,7 +200,7 @@ class TrainingClips(Dataset[Sample]):
 
     def __getitem__(self, item: int) -> Sample:
         epoch, at = divmod(item, self.clips_per_epoch)
-        first = int(self._order(epoch)[at])
+        first = int(self.order(epoch)[at])
         rng = np.random.default_rng([self.seed, item, 2])
         augment = self.augment
         members: tuple[int, ...]
@@ -215,7 +215,7 @@ class TrainingClips(Dataset[Sample]):
             samples = overlay([self._read(i, rng) for i in members], rng)
             shares, weights = np.any(self.split.targets[list(members)], axis=0), (1.0,) * len(members)
         elif augment is not None and rng.random() < augment.mixup:
-            members = (first, int(rng.choice(len(self.split), p=self._chance)))
+            members = (first, int(rng.choice(len(self.split), p=self.chance)))
             share = float(rng.beta(augment.mixup_alpha, augment.mixup_alpha))
             samples = mix(self._read(members[0], rng), self._read(members[1], rng), share, rng)
             weights = (share, 1 - share)

@@ -1,5 +1,7 @@
 """Live tagging equals the whole recording, to the byte for any packets, also in another process."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,8 @@ from seqssm.tasks.tagging_stream import LiveTagger, StreamingTagger, Tagger, Win
 
 RATE = 8000
 FEATURES = FeatureConfig(sample_rate=RATE, n_mels=16, mean=-6.0, std=4.0)
-POOLINGS = ["mean", "mean_max", "attention", "last"]
+POOLINGS = ["mean", "mean_max", "attention", "last", "features"]
+DEEP = {"stem_depth": 2, "stem_bands": "mean", "stem_skip": True}
 
 
 def make_task(pooling: str = "mean", bidirectional: str = "none", pattern: str = "m", **changes) -> AudioTagging:
@@ -44,11 +47,13 @@ def hear(tagger: Tagger, samples: np.ndarray, sizes: list[int]) -> tuple[torch.T
 
 
 @pytest.mark.parametrize(
-    ("pooling", "pattern", "downsampling"),
-    [(pooling, pattern, "stride") for pooling in POOLINGS for pattern in ("m", "ms")] + [("mean", "m", "max")],
+    ("pooling", "pattern", "stem"),
+    [(pooling, pattern, {}) for pooling in POOLINGS for pattern in ("m", "ms")]
+    + [("mean", "m", {"stem_downsampling": "max"})]
+    + [(pooling, "m", {"stem_downsampling": how, **DEEP}) for pooling in POOLINGS for how in ("stride", "max")],
 )
-def test_live_equals_whole_and_packets_do_not_matter(pooling: str, pattern: str, downsampling: str) -> None:
-    task, samples = make_task(pooling, pattern=pattern, stem_downsampling=downsampling), sound(4.37)
+def test_live_equals_whole_and_packets_do_not_matter(pooling: str, pattern: str, stem: dict[str, Any]) -> None:
+    task, samples = make_task(pooling, pattern=pattern, **stem), sound(4.37)
     features = fbank(torch.from_numpy(samples), FEATURES)
     lengths = torch.tensor([len(features)])
     with torch.no_grad():
