@@ -18,7 +18,7 @@ from seqssm.data.audio.device import DeviceClips, DeviceLoader, KeptBatches
 from seqssm.data.audio.layouts import AudioLayout, Clip, ClipList
 from seqssm.data.audio.recordings import RecordingsDataModule
 from seqssm.data.audio.report import AudioReport
-from seqssm.data.audio.sampling import OrderedClips, Sample, SplitClips, TrainingClips, collate
+from seqssm.data.audio.sampling import Collate, OrderedClips, SplitClips, TrainingClips
 from seqssm.data.audio.sources import list_clips, missing_files_error
 from seqssm.data.audio.splits import AudioSplitPlan, check_classes, split_clips
 from seqssm.data.audio.store import ClipStore, remarks
@@ -379,17 +379,6 @@ class AudioTaggingDataModule(RecordingsDataModule[SplitClips, TrainingClips, Aud
         if plain != ours:
             raise UserError(f"the checkpoint was trained with features {theirs}, not {ours}: set features as there")
         self._features = theirs
-
-
-class Collate:
-    """Samples to a batch of features, or of samples where the features are made later."""
-
-    def __init__(self, features: FeatureConfig | None) -> None:
-        self.features = features
-
-    def __call__(self, samples: list[Sample]) -> AudioBatch | SampleBatch:
-        batch = collate(samples)
-        return batch if self.features is None else with_features(batch, self.features)
 
 
 def _check_arguments(settings: dict[str, Any]) -> None:

@@ -27,7 +27,7 @@ from seqssm.data.audio.augment import (
     overlay,
     shift,
 )
-from seqssm.data.audio.batches import SampleBatch
+from seqssm.data.audio.batches import AudioBatch, SampleBatch, with_features
 from seqssm.data.audio.layouts import Clip
 from seqssm.data.audio.store import ClipStore
 from seqssm.data.features import FeatureConfig
@@ -138,6 +138,10 @@ class TrainingClips(Dataset[Sample]):
         mix_clips: least and greatest number of clips that sound at once; no mixup then.
         augment: None for none.
         noise: recordings (n,) of noise to add, at the store's rate.
+
+    Attributes:
+        chance: (c,) of each clip to be drawn at random, as the second of two that are mixed.
+        order: :meth:`draw`, the last epochs being kept.
     """
 
     def __init__(
@@ -274,6 +278,17 @@ def collate(samples: Sequence[Sample]) -> SampleBatch:
         *_stacked_masks(samples),
         torch.from_numpy(np.stack(responses)) if len(responses) == len(samples) else None,
     )
+
+
+class Collate:
+    """Samples to a batch of features, or of samples where the features are made later."""
+
+    def __init__(self, features: FeatureConfig | None) -> None:
+        self.features = features
+
+    def __call__(self, samples: Sequence[Sample]) -> AudioBatch | SampleBatch:
+        batch = collate(samples)
+        return batch if self.features is None else with_features(batch, self.features)
 
 
 def _stacked_masks(samples: Sequence[Sample]) -> tuple[Tensor | None, Tensor | None]:
