@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from seqssm.data.audio.augment import AugmentConfig
-from seqssm.data.audio.batches import AudioBatch, SampleBatch, with_features
+from seqssm.data.audio.batches import SampleBatch, with_features
 from seqssm.data.audio.device import DeviceClips, DeviceLoader, KeptBatches
 from seqssm.data.audio.layouts import AudioLayout, Clip, ClipList
 from seqssm.data.audio.recordings import RecordingsDataModule
