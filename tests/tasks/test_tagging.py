@@ -135,7 +135,35 @@ def test_downsampling_by_maxima_is_a_dense_convolution_and_a_pool(causal: bool) 
     torch.testing.assert_close(stem(features, torch.tensor([12]))[0], expected)
 
 
+@torch.no_grad()
+def test_the_mean_of_the_bands_of_a_deep_stem() -> None:
+    stem = FrameStem(6, 8, 4, [3, 5], causal=False, downsampling="max", depth=2, bands="mean").eval()
+    features = torch.randn(1, 12, 6)
+    x = features[:, None]
+    for i, convolution in enumerate(stem.convolutions):
+        x = F.relu(convolution(F.pad(x, (1, 1, 1, 1))) / (1 + 1e-5) ** 0.5)
+        x = F.max_pool2d(F.pad(x, (0, x.shape[3] % 2)), 2) if i % 2 else x
+    expected = stem.projection(x.mean(3).transpose(1, 2))
+    torch.testing.assert_close(stem(features, torch.tensor([12]))[0], expected)
+
+
+@torch.no_grad()
+def test_the_head_reads_the_mean_and_the_greatest_of_every_feature() -> None:
+    task = make_task("features", "tied", stem_skip=True, dropout=0.5)
+    features, lengths = batch_of(clips([32]))
+    y, _ = task.encode(features, lengths)
+    x = task.stem(features, lengths)[0]
+    assert torch.equal(y[..., 16:], F.relu(x))
+    torch.testing.assert_close(task(features, lengths), task.head(y.mean(1) + y.amax(1)))
+    # A token alone is a clip of one token.
+    torch.testing.assert_close(
+        task.frame_logits(features, lengths), task.score(y.flatten(0, 1)[:, None], 1 + 0 * lengths)[1][None]
+    )
+
+
 def test_a_frame_group_of_too_many_strides_is_refused() -> None:
+    with pytest.raises(UserError, match="stem_depth is 0"):
+        FrameStem(16, 8, 4, [4, 4], causal=True, depth=0)
     with pytest.raises(UserError, match="frame_group 8 takes 3 layers"):
         FrameStem(16, 8, 8, [4, 4], causal=True)
     stem = FrameStem(16, 8, 6, [4, 4], causal=True)

@@ -10,6 +10,7 @@ from seqssm.backbone import BackboneConfig
 from seqssm.data.features import FeatureConfig, fbank
 from seqssm.errors import UserError
 from seqssm.streaming import Stream
+from seqssm.tasks.audio_layers import FeaturePooling
 from seqssm.tasks.tagging import AudioTagging
 from seqssm.tasks.tagging_stream import LiveTagger, StreamingTagger, Tagger, WindowTagger, make_tagger
 
@@ -120,6 +121,11 @@ def test_state_does_not_grow_over_ten_hours() -> None:
     for _ in range(tokens // 100_000):
         clip, state = task.pooling.advance(logits, logits, state)
     torch.testing.assert_close(clip, torch.full((1, 3), 0.1), rtol=1e-6, atol=0)
+    pooling = FeaturePooling(3)
+    state = pooling.init_state(1)
+    for _ in range(tokens // 100_000):
+        pooled, state = pooling.advance(logits, state)
+    torch.testing.assert_close(pooled, torch.full((1, 3), 0.2), rtol=1e-6, atol=0)
     tagger, sizes = LiveTagger(task, RATE), []
     for i in range(60):
         tagger.accept(sound(1.0, i))
