@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from seqssm.data.audio.batches import AudioBatch
-from seqssm.tasks.audio_layers import MaskedBatchNorm, real_positions
+from seqssm.tasks.audio_layers import MaskedBatchNorm, padded_lengths, real_positions, shorter
 from seqssm.tasks.baselines import Baseline, Majority, Progress
 from seqssm.tasks.tagging_metrics import class_scores, one_hot
 
@@ -169,19 +169,19 @@ class ConvolutionalTagger(nn.Module):
     def forward(self, features: Tensor, lengths: Tensor) -> Tensor:
         """(b, c) logits of features (b, l, mel), the same for any padding beyond ``lengths`` (b,)."""
         x = features.unsqueeze(1)
-        real = real_positions(lengths, x.shape[2])
+        known = padded_lengths(features, lengths)
+        real = real_positions(known, x.shape[2])
         x = x if real is None else x.masked_fill(~real[:, None, :, None], 0)
         for convolution, norm in zip(self.convolutions, self.norms, strict=True):
-            real = real_positions(lengths, x.shape[2])
             x = F.relu(norm(convolution(x), real))
             x = x if real is None else x.masked_fill(~real[:, None, :, None], 0)
             x = F.max_pool2d(x, 2, ceil_mode=True)
-            lengths = -(-lengths // 2)
+            known, real = shorter(known, 2, x.shape[2])
         x = x.mean(3)  # (b, channels, t)
-        real = real_positions(lengths, x.shape[2])
         # Nothing is negative, so the zeros of the padding change no sum and no maximum, here and in the blocks.
         x = x if real is None else x.masked_fill(~real[:, None], 0)
-        return self.head(self.dropout(x.sum(2) / lengths[:, None] + x.amax(2)))
+        mean = x.mean(2) if known is None else x.sum(2) / known[:, None]
+        return self.head(self.dropout(mean + x.amax(2)))
 
 
 class SmallAudioCNN(Baseline[Clips]):

@@ -16,11 +16,23 @@ Downsampling = Literal["stride", "max"]
 BandPooling = Literal["flatten", "mean"]
 
 
-def real_positions(lengths: Tensor, size: int) -> Tensor | None:
-    """(b, size) True where a position is no padding; None where it is known that nothing is padded."""
-    real = torch.arange(size, device=lengths.device) < lengths[:, None]
-    # To ask a GPU would be to wait for it.
-    return None if lengths.device.type == "cpu" and bool(real.all()) else real
+def real_positions(lengths: Tensor | None, size: int) -> Tensor | None:
+    """(b, size) True where a position is no padding; None without lengths, where nothing is padded."""
+    return None if lengths is None else torch.arange(size, device=lengths.device) < lengths[:, None]
+
+
+def padded_lengths(features: Tensor, lengths: Tensor) -> Tensor | None:
+    """The lengths (b,) of features (b, l, mel), or None where nothing is padded: masks take longer than convolutions.
+
+    This waits for the device of the lengths.
+    """
+    return None if bool((lengths == features.shape[1]).all()) else lengths
+
+
+def shorter(lengths: Tensor | None, stride: int, size: int) -> tuple[Tensor | None, Tensor | None]:
+    """Lengths after a stride, and which of the ``size`` positions then are real."""
+    lengths = None if lengths is None else -(-lengths // stride)
+    return lengths, real_positions(lengths, size)
 
 
 class MaskedBatchNorm(nn.Module):
@@ -143,38 +155,38 @@ class FrameStem(nn.Module):
     def _past(self, one: _Convolution) -> int:
         return 2 if self._dense(one) else 1
 
-    def forward(self, features: Tensor, lengths: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+    def forward(self, features: Tensor, lengths: Tensor | None, state: State | None = None) -> tuple[Tensor, State]:
         """Make tokens.
 
         Args:
             features: (b, l, mel) normalised frames. What lies beyond ``lengths`` is not looked at.
-            lengths: (b,) real frames.
+            lengths: (b,) real frames; None where nothing is padded.
             state: what the previous chunk returned, for a causal stem; chunks but the last are whole groups.
 
         Returns:
             (b, ceil(l / g), d) tokens, and the state.
         """
-        x = F.pad(features, (0, 0, 0, -features.shape[1] % self.frame_group)).unsqueeze(1)  # (b, 1, l, mel)
+        x = features.unsqueeze(1)  # (b, 1, l, mel)
         real = real_positions(lengths, x.shape[2])
         x = _masked(x, real)
         new_state: State = {}
         for i, (one, convolution, norm) in enumerate(zip(self._plan, self.convolutions, self.norms, strict=True)):
-            past = self._past(one)
+            past, strided = self._past(one), not self._dense(one)
+            # The last group may not be whole; maxima take it as it is.
+            x = F.pad(x, (0, 0, 0, -x.shape[2] % one.stride)) if strided else x
             if state is not None:
                 x = torch.cat([state[str(i)].to(x.dtype), x], dim=2)
                 new_state[str(i)] = x[:, :, x.shape[2] - past :].clone()
             # A strided convolution needs one frame of the past; a dense one looks two back, or one to either side.
-            ahead = 1 if self._dense(one) and not self.causal else 0
+            ahead = 1 if not strided and not self.causal else 0
             x = convolution(F.pad(x, (1, 1, 0 if state is not None else past - ahead, ahead)))
             if one.ends and self.downsampling == "stride":
-                lengths = -(-lengths // one.stride)
-                real = real_positions(lengths, x.shape[2])
+                lengths, real = shorter(lengths, one.stride, x.shape[2])
             x = _masked(F.relu(norm(x, real)), real)
             if one.ends and self.downsampling == "max":
                 # Nothing is negative, so the zeros of the padding change no maximum.
                 x = F.max_pool2d(x, (one.stride, 2), ceil_mode=True)
-                lengths = -(-lengths // one.stride)
-                real = real_positions(lengths, x.shape[2])
+                lengths, real = shorter(lengths, one.stride, x.shape[2])
         x = x.mean(3).transpose(1, 2) if self.bands == "mean" else x.transpose(1, 2).flatten(2)
         return self.projection(x), new_state
 
@@ -223,14 +235,15 @@ class Pooling(nn.Module):
         state = {"peak": torch.full_like(zeros, -torch.inf), "weight": zeros, "total": zeros.clone()}
         return {**state, "highest": torch.full_like(zeros, -torch.inf)} if self.kind == "mean_max" else state
 
-    def forward(self, logits: Tensor, y: Tensor, lengths: Tensor) -> Tensor:
-        """Pool (b, t, c) frame logits, with y (b, t, d) behind them, over the first ``lengths`` (b,): (b, c)."""
+    def forward(self, logits: Tensor, y: Tensor, lengths: Tensor | None) -> Tensor:
+        """Pool (b, t, c) frame logits, with y (b, t, d) behind them, over the first ``lengths`` (b,), or all: (b, c)."""
         if self.kind == "last":
+            if lengths is None:
+                return logits[:, -1]
             return logits[torch.arange(len(logits), device=logits.device), lengths - 1]
         real = real_positions(lengths, logits.shape[1])
         if self.kind in ("mean", "mean_max"):
-            known = logits if real is None else logits.masked_fill(~real[..., None], 0)
-            mean = known.sum(1) / lengths[:, None]
+            mean = _mean(logits, lengths, real)
             if self.kind == "mean":
                 return mean
             known = logits if real is None else logits.masked_fill(~real[..., None], -torch.inf)
@@ -263,6 +276,13 @@ class Pooling(nn.Module):
         return clip.to(logits.dtype), state
 
 
+def _mean(x: Tensor, lengths: Tensor | None, real: Tensor | None) -> Tensor:
+    """Mean over time of x (b, t, c) where it is real: (b, c)."""
+    if lengths is None or real is None:
+        return x.mean(1)
+    return x.masked_fill(~real[..., None], 0).sum(1) / lengths[:, None]
+
+
 class FeaturePooling(nn.Module):
     """What the head reads of a whole clip: the mean over time of every feature plus its greatest value.
 
@@ -282,12 +302,11 @@ class FeaturePooling(nn.Module):
         zeros = torch.zeros(batch, self.width, dtype=torch.float64, device=device)
         return {"count": zeros[:, :1].clone(), "total": zeros, "highest": torch.full_like(zeros, -torch.inf)}
 
-    def forward(self, y: Tensor, lengths: Tensor) -> Tensor:
-        """Pool y (b, t, d) over the first ``lengths`` (b,): (b, d)."""
+    def forward(self, y: Tensor, lengths: Tensor | None) -> Tensor:
+        """Pool y (b, t, d) over the first ``lengths`` (b,), or all: (b, d)."""
         real = real_positions(lengths, y.shape[1])
-        known = y if real is None else y.masked_fill(~real[..., None], 0)
         greatest = y if real is None else y.masked_fill(~real[..., None], -torch.inf)
-        return known.sum(1) / lengths[:, None] + greatest.amax(1)
+        return _mean(y, lengths, real) + greatest.amax(1)
 
     def advance(self, y: Tensor, state: State) -> tuple[Tensor, State]:
         """Go on pooling: the pooled features (b, d) of all frames so far, and the state."""

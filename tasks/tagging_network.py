@@ -21,6 +21,7 @@ from seqssm.tasks.audio_layers import (
     FrameStem,
     Pooling,
     PoolingKind,
+    padded_lengths,
     real_positions,
 )
 from seqssm.tasks.network import Network
@@ -148,28 +149,27 @@ class TaggingNetwork(Network):
         Returns:
             (b, c) float32 logits. Padding and neighbours in the batch do not change them.
         """
-        y, lengths = self.encode(features, lengths)
-        return self.score(y, lengths)[1]
+        return self.score(*self.encode(features, lengths))[1]
 
     def frame_logits(self, features: Tensor, lengths: Tensor) -> Tensor:
         """Score every token, as :meth:`forward` the clip: (b, ceil(l / frame_group), c) float32 logits."""
-        y, lengths = self.encode(features, lengths)
-        return self.score(y, lengths)[0]
+        return self.score(*self.encode(features, lengths))[0]
 
-    def encode(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """(b, t, d) tokens behind the backbone, and (b,) how many of them are real."""
-        x, _ = self.stem(features, lengths)
-        lengths = self.stem.tokens(lengths)
-        real = real_positions(lengths, x.shape[1])
+    def encode(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(b, t, d) tokens behind the backbone, and (b,) how many of them are real, or None where all are."""
+        known = padded_lengths(features, lengths)
+        x, _ = self.stem(features, known)
+        known = None if known is None else self.stem.tokens(known)
+        real = real_positions(known, x.shape[1])
         # Padding precedes the real tokens of a backward scan: its own segment keeps it out of their state.
         seq_idx = None if real is None or self.causal else (~real).to(torch.int32)
-        return self.heard(x, self.backbone(x, seq_idx=seq_idx)[0]), lengths
+        return self.heard(x, self.backbone(x, seq_idx=seq_idx)[0]), known
 
     def heard(self, x: Tensor, y: Tensor) -> Tensor:
         """What the head reads: tokens y (b, t, d) behind the backbone and, with ``stem_skip``, those before it, x."""
         return torch.cat([y, F.relu(x).to(y.dtype)], -1) if self.stem_skip else y
 
-    def score(self, y: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    def score(self, y: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
         """Frame logits (b, t, c) and clip logits (b, c) of what :meth:`encode` gave."""
         with torch.autocast(device_type=y.device.type, enabled=False):
             y = y.to(self.head.weight.dtype)

@@ -67,8 +67,7 @@ class StreamingTagger(nn.Module):
             {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
             for name in STATE_PARTS
         )
-        lengths = torch.full((len(features),), features.shape[1], device=features.device)
-        x, stem = self.task.stem(features, lengths, stem)
+        x, stem = self.task.stem(features, None, stem)
         y, backbone = self.task.backbone(x, backbone)
         logits, clip, pooling = self.task.advance_scores(self.task.heard(x, y), pooling)
         parts = (stem, backbone, pooling)
