@@ -236,7 +236,7 @@ class Pooling(nn.Module):
         return {**state, "highest": torch.full_like(zeros, -torch.inf)} if self.kind == "mean_max" else state
 
     def forward(self, logits: Tensor, y: Tensor, lengths: Tensor | None) -> Tensor:
-        """Pool (b, t, c) frame logits, with y (b, t, d) behind them, over the first ``lengths`` (b,), or all: (b, c)."""
+        """Pool frame logits (b, t, c) with y (b, t, d) behind them, over the first ``lengths`` (b,) or all: (b, c)."""
         if self.kind == "last":
             if lengths is None:
                 return logits[:, -1]

@@ -33,13 +33,15 @@ class Placement:
 
     seconds: length of the scene; None for the clips and gaps after one another, all of them.
     gap_s: least and greatest time before, between and after clips. snr_db: the level of a clip above the background's,
-    each measured as root mean square; None keeps the clips' own levels.
+    each measured as root mean square; None keeps the clips' own levels. between: the background sounds between the
+    clips alone, not behind them.
     """
 
     seconds: float | None = None
     gap_s: tuple[float, float] = (0.5, 2.0)
     snr_db: float | None = 10.0
     seed: int = 0
+    between: bool = False
 
 
 Background = Callable[[int], np.ndarray]
@@ -127,16 +129,18 @@ def scene_parts(
             yield background(size), None
         at += gap
         event = Event(at / sample_rate, (at + len(clips[number])) / sample_rate, number)
-        yield _placed(clips[number], background(len(clips[number])), fade, placement.snr_db), event
+        yield _placed(clips[number], background(len(clips[number])), fade, placement.snr_db, placement.between), event
         at += len(clips[number])
     rest = round(rng.uniform(*placement.gap_s) * sample_rate) if total is None else total - at
     for size in _minutes(rest, sample_rate):
         yield background(size), None
 
 
-def _placed(clip: np.ndarray, behind: np.ndarray, fade: int, snr_db: float | None) -> np.ndarray:
+def _placed(clip: np.ndarray, behind: np.ndarray, fade: int, snr_db: float | None, alone: bool = False) -> np.ndarray:
     level, behind_level = rms(clip), rms(behind)
     gain = 1.0 if snr_db is None or not level or not behind_level else behind_level / level * 10 ** (snr_db / 20)
+    if alone:  # what is behind the clip leaves as the clip comes
+        behind = behind - faded(behind, fade)
     return behind + faded(clip, fade) * np.float32(gain)
 
 

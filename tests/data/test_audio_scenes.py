@@ -45,6 +45,18 @@ def test_clips_sound_where_the_events_say_and_nowhere_else() -> None:
     assert not np.array_equal(other[: len(samples)], samples[: len(other)])
 
 
+def test_the_background_may_sound_between_the_clips_alone() -> None:
+    clip, fade = noise(700, 1), 20
+    placement = Placement(gap_s=(0.3, 0.3), snr_db=None, between=True)
+    samples, (event,) = make_scene([clip], noise_background(0), RATE, placement)
+    behind, _ = make_scene([np.zeros_like(clip)], noise_background(0), RATE, Placement(gap_s=(0.3, 0.3), snr_db=None))
+    begin, end = round(event.start_s * RATE), round(event.end_s * RATE)
+    assert np.array_equal(samples[begin + fade : end - fade], clip[fade:-fade])
+    assert np.array_equal(samples[:begin], behind[:begin])
+    assert np.array_equal(samples[end:], behind[end:])
+    assert rms(behind[begin:end]) > 0
+
+
 @pytest.mark.parametrize("seconds", [1.0, 7.3, 200.0])
 def test_a_scene_is_as_long_as_asked_and_repeats_whole_clips(seconds: float) -> None:
     clips = [noise(700, 1), noise(400, 2)]
