@@ -366,6 +366,8 @@ def test_trained_taggers_teach_what_they_hear_in_the_batch(tmp_path: Path, multi
     torch.testing.assert_close(logits.grad, 2 * (p - soft).detach() / (15 if multi_label else 5))
     with pytest.raises(UserError, match=r"none has the classes \['a', 'b', 'c'\], the model has \['a', 'b', 'd'\]"):
         find_teacher(names[1], **{**about, "labels": ["a", "b", "d"]})
+    rounded = FeatureConfig(sample_rate=8000, n_mels=MELS, mean=-6.0 + 1e-7, std=4.0)
+    assert find_teacher(names, **{**about, "features": rounded})
     with pytest.raises(UserError, match="has the features"):
         find_teacher(names, **{**about, "features": FeatureConfig(sample_rate=8000, n_mels=MELS, mean=-5.0, std=4.0)})
     with pytest.raises(UserError, match="empty list"):
