@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from seqssm.errors import UserError
 from seqssm.mixers import State
 
-PoolingKind = Literal["mean", "mean_max", "attention", "last", "features"]
+PoolingKind = Literal["mean", "mean_max", "attention", "last"]
 Downsampling = Literal["stride", "max"]
-BandPooling = Literal["flatten", "mean"]
 
 
 def real_positions(lengths: Tensor | None, size: int) -> Tensor | None:
@@ -93,7 +92,6 @@ class FrameStem(nn.Module):
         downsampling: by the strides of a layer's last convolution, or by maxima of what dense ones give, which costs
             more.
         depth: convolutions a layer.
-        bands: whether the projection reads every band that is left, or their mean.
 
     Raises:
         UserError: more time strides than layers, or no convolutions.
@@ -108,7 +106,6 @@ class FrameStem(nn.Module):
         causal: bool,
         downsampling: Downsampling = "stride",
         depth: int = 1,
-        bands: BandPooling = "flatten",
     ) -> None:
         super().__init__()
         strides = _factors(frame_group)
@@ -119,22 +116,22 @@ class FrameStem(nn.Module):
             )
         if depth < 1:
             raise UserError(f"model.stem_depth is {depth}: a layer of the stem needs a convolution")
-        self.frame_group, self.causal, self.downsampling, self.bands = frame_group, causal, downsampling, bands
+        self.frame_group, self.causal, self.downsampling = frame_group, causal, downsampling
         self.convolutions = nn.ModuleList()
         self.norms = nn.ModuleList()
         self._plan: list[_Convolution] = []
-        before, left = 1, n_mels
+        before, bands = 1, n_mels
         for after, stride in zip(channels, [*strides, *[1] * (len(channels) - len(strides))], strict=True):
             for i in range(depth):
-                one = _Convolution(before, left, i == depth - 1, stride)
+                one = _Convolution(before, bands, i == depth - 1, stride)
                 kernel = (3 if self._dense(one) else stride + 1, 3)
                 step = (stride, 2) if one.ends and downsampling == "stride" else (1, 1)
                 self._plan.append(one)
                 self.convolutions.append(nn.Conv2d(before, after, kernel, step, bias=False))
                 self.norms.append(MaskedBatchNorm(after))
                 before = after
-            left = -(-left // 2)
-        self.projection = nn.Linear(channels[-1] * (left if bands == "flatten" else 1), d_model)
+            bands = -(-bands // 2)
+        self.projection = nn.Linear(channels[-1] * bands, d_model)
 
     def tokens(self, frames: Tensor) -> Tensor:
         """Tokens that so many frames make."""
@@ -187,8 +184,7 @@ class FrameStem(nn.Module):
                 # Nothing is negative, so the zeros of the padding change no maximum.
                 x = F.max_pool2d(x, (one.stride, 2), ceil_mode=True)
                 lengths, real = shorter(lengths, one.stride, x.shape[2])
-        x = x.mean(3).transpose(1, 2) if self.bands == "mean" else x.transpose(1, 2).flatten(2)
-        return self.projection(x), new_state
+        return self.projection(x.transpose(1, 2).flatten(2)), new_state
 
 
 def _masked(x: Tensor, real: Tensor | None) -> Tensor:
@@ -243,7 +239,8 @@ class Pooling(nn.Module):
             return logits[torch.arange(len(logits), device=logits.device), lengths - 1]
         real = real_positions(lengths, logits.shape[1])
         if self.kind in ("mean", "mean_max"):
-            mean = _mean(logits, lengths, real)
+            known = logits if real is None else logits.masked_fill(~real[..., None], 0)
+            mean = known.mean(1) if lengths is None else known.sum(1) / lengths[:, None]
             if self.kind == "mean":
                 return mean
             known = logits if real is None else logits.masked_fill(~real[..., None], -torch.inf)
@@ -274,45 +271,3 @@ class Pooling(nn.Module):
             state = {**state, "highest": torch.maximum(state["highest"], logits.amax(1))}
             clip = (clip + state["highest"]) / 2
         return clip.to(logits.dtype), state
-
-
-def _mean(x: Tensor, lengths: Tensor | None, real: Tensor | None) -> Tensor:
-    """Mean over time of x (b, t, c) where it is real: (b, c)."""
-    if lengths is None or real is None:
-        return x.mean(1)
-    return x.masked_fill(~real[..., None], 0).sum(1) / lengths[:, None]
-
-
-class FeaturePooling(nn.Module):
-    """What the head reads of a whole clip: the mean over time of every feature plus its greatest value.
-
-    A single frame is a clip of its own: twice its features. The running form carries the sum, the count and the
-    greatest value, so that a stream of any length takes constant memory.
-
-    Args:
-        width: number of features d.
-    """
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.width = width
-
-    def init_state(self, batch: int, device: torch.device | str | None = None) -> State:
-        """Nothing pooled yet. Sums are float64: ten hours are a million frames."""
-        zeros = torch.zeros(batch, self.width, dtype=torch.float64, device=device)
-        return {"count": zeros[:, :1].clone(), "total": zeros, "highest": torch.full_like(zeros, -torch.inf)}
-
-    def forward(self, y: Tensor, lengths: Tensor | None) -> Tensor:
-        """Pool y (b, t, d) over the first ``lengths`` (b,), or all: (b, d)."""
-        real = real_positions(lengths, y.shape[1])
-        greatest = y if real is None else y.masked_fill(~real[..., None], -torch.inf)
-        return _mean(y, lengths, real) + greatest.amax(1)
-
-    def advance(self, y: Tensor, state: State) -> tuple[Tensor, State]:
-        """Go on pooling: the pooled features (b, d) of all frames so far, and the state."""
-        state = {
-            "count": state["count"] + y.shape[1],
-            "total": state["total"] + y.double().sum(1),
-            "highest": torch.maximum(state["highest"], y.amax(1).double()),
-        }
-        return (state["total"] / state["count"] + state["highest"]).to(y.dtype), state

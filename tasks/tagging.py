@@ -13,7 +13,7 @@ from seqssm.backbone import BackboneConfig
 from seqssm.data.audio.batches import AudioBatch
 from seqssm.data.features import FeatureConfig
 from seqssm.errors import UserError
-from seqssm.tasks.audio_layers import BandPooling, Downsampling, PoolingKind
+from seqssm.tasks.audio_layers import Downsampling, PoolingKind
 from seqssm.tasks.base import CHECKPOINT_KEY, OptimizerConfig, Task
 from seqssm.tasks.distillation import Teacher, find_teacher
 from seqssm.tasks.tagging_metrics import TaggingScores, best_thresholds, class_scores, one_hot, write_class_table
@@ -36,11 +36,8 @@ class AudioTagging(TaggingNetwork, Task):
         stem_channels: of the stem's layers, each of which halves the bands.
         stem_downsampling: by strides of the stem's convolutions, or by maxima behind dense ones, which costs more.
         stem_depth: convolutions a layer.
-        stem_bands: whether a token is made of every band that the layers leave, or of their mean.
-        stem_skip: let the head read the stem's tokens as well as what the backbone makes of them.
         pooling: how frame scores become clip scores: their mean, halfway from there to the greatest (``mean_max``), a
-            learnt weighting, or the last one; or ``features``: the scores of the mean plus the greatest value over
-            time of everything that the head reads.
+            learnt weighting, or the last one.
         dropout: before the head.
         label_smoothing: share of the target spread evenly over the classes (over yes and no for several labels).
         teacher: what to learn from as well: one or several trained taggers (names, folders or ``.ckpt``), or a CSV or
@@ -63,8 +60,6 @@ class AudioTagging(TaggingNetwork, Task):
         stem_channels: list[int] = [32, 64, 64],  # noqa: B006 - never written to
         stem_downsampling: Downsampling = "stride",
         stem_depth: int = 1,
-        stem_bands: BandPooling = "flatten",
-        stem_skip: bool = False,
         pooling: PoolingKind = "mean",
         dropout: float = 0.0,
         label_smoothing: float = 0.0,
@@ -84,8 +79,6 @@ class AudioTagging(TaggingNetwork, Task):
             stem_channels=stem_channels,
             stem_downsampling=stem_downsampling,
             stem_depth=stem_depth,
-            stem_bands=stem_bands,
-            stem_skip=stem_skip,
             pooling=pooling,
             dropout=dropout,
             thresholds=thresholds,

@@ -6,24 +6,13 @@ import math
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seqssm.backbone import Backbone, BackboneConfig
 from seqssm.data.audio.reading import Sound, sound_blocks
 from seqssm.data.features import FeatureConfig
 from seqssm.errors import UserError
-from seqssm.mixers import State
-from seqssm.tasks.audio_layers import (
-    BandPooling,
-    Downsampling,
-    FeaturePooling,
-    FrameStem,
-    Pooling,
-    PoolingKind,
-    padded_lengths,
-    real_positions,
-)
+from seqssm.tasks.audio_layers import Downsampling, FrameStem, Pooling, PoolingKind, padded_lengths, real_positions
 from seqssm.tasks.network import Network
 
 if TYPE_CHECKING:
@@ -72,8 +61,6 @@ class TaggingNetwork(Network):
         thresholds: list[float] | None = None,
         stem_downsampling: Downsampling = "stride",
         stem_depth: int = 1,
-        stem_bands: BandPooling = "flatten",
-        stem_skip: bool = False,
         **training: Any,
     ) -> None:
         # Checkpoints hold plain data.
@@ -90,8 +77,6 @@ class TaggingNetwork(Network):
             thresholds=thresholds,
             stem_downsampling=stem_downsampling,
             stem_depth=stem_depth,
-            stem_bands=stem_bands,
-            stem_skip=stem_skip,
             **training,
         )
         classes = len(labels)
@@ -112,15 +97,10 @@ class TaggingNetwork(Network):
             self.backbone.causal,
             stem_downsampling,
             stem_depth,
-            stem_bands,
         )
-        self.stem_skip = stem_skip
-        width = config.d_model * (2 if stem_skip else 1)
-        self.pooling: Pooling | FeaturePooling = (
-            FeaturePooling(width) if pooling == "features" else Pooling(pooling, width, classes)
-        )
+        self.pooling = Pooling(pooling, config.d_model, classes)
         self.dropout = nn.Dropout(dropout)
-        self.head = nn.Linear(width, classes)
+        self.head = nn.Linear(config.d_model, classes)
         if multi_label:
             nn.init.constant_(self.head.bias, -math.log(max(classes - 1, 1)))  # a class is present once in c clips
 
@@ -163,30 +143,14 @@ class TaggingNetwork(Network):
         real = real_positions(known, x.shape[1])
         # Padding precedes the real tokens of a backward scan: its own segment keeps it out of their state.
         seq_idx = None if real is None or self.causal else (~real).to(torch.int32)
-        return self.heard(x, self.backbone(x, seq_idx=seq_idx)[0]), known
-
-    def heard(self, x: Tensor, y: Tensor) -> Tensor:
-        """What the head reads: tokens y (b, t, d) behind the backbone and, with ``stem_skip``, those before it, x."""
-        return torch.cat([y, F.relu(x).to(y.dtype)], -1) if self.stem_skip else y
+        return self.backbone(x, seq_idx=seq_idx)[0], known
 
     def score(self, y: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Frame logits (b, t, c) and clip logits (b, c) of what :meth:`encode` gave."""
+        """Frame logits (b, t, c) and clip logits (b, c) of tokens (b, t, d) behind the backbone."""
         with torch.autocast(device_type=y.device.type, enabled=False):
-            y = y.to(self.head.weight.dtype)
-            if isinstance(self.pooling, FeaturePooling):
-                return self.head(2 * y), self.head(self.dropout(self.pooling(y, lengths)))
-            y = self.dropout(y)
+            y = self.dropout(y.to(self.head.weight.dtype))
             logits = self.head(y)
             return logits, self.pooling(logits, y, lengths)
-
-    def advance_scores(self, y: Tensor, state: State) -> tuple[Tensor, Tensor, State]:
-        """Logits of further tokens (b, t, c), of the clip so far (b, c), and the state of the pooling."""
-        if isinstance(self.pooling, FeaturePooling):
-            pooled, state = self.pooling.advance(y, state)
-            return self.head(2 * y), self.head(pooled), state
-        logits = self.head(y)
-        clip, state = self.pooling.advance(logits, y, state)
-        return logits, clip, state
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Logits (..., c) to probabilities: each class for itself, or summing to one with one label a clip."""

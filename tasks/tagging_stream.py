@@ -69,7 +69,8 @@ class StreamingTagger(nn.Module):
         )
         x, stem = self.task.stem(features, None, stem)
         y, backbone = self.task.backbone(x, backbone)
-        logits, clip, pooling = self.task.advance_scores(self.task.heard(x, y), pooling)
+        logits = self.task.head(y)
+        clip, pooling = self.task.pooling.advance(logits, y, pooling)
         parts = (stem, backbone, pooling)
         new_state = {f"{name}.{k}": v for name, part in zip(STATE_PARTS, parts, strict=True) for k, v in part.items()}
         return TagScores(logits, clip), new_state
@@ -214,9 +215,10 @@ class WindowTagger(Tagger):
         """Scores of the frames from the past context to ``end``."""
         task, group = self.task, self.task.stem.frame_group
         features = frames.unsqueeze(0).to(task.device)
-        y, _ = task.encode(features, torch.tensor([len(frames)], device=task.device))
+        y, lengths = task.encode(features, torch.tensor([len(frames)], device=task.device))
         kept = slice(self._past // group, -(-end // group))
-        logits, clip, self._pooled = task.advance_scores(y[:, kept], self._pooled)
+        logits, y = task.score(y, lengths)[0][:, kept], y[:, kept]
+        clip, self._pooled = task.pooling.advance(logits, y, self._pooled)
         return TagScores(logits, clip)
 
 

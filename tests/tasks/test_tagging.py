@@ -59,12 +59,12 @@ def batch_of(parts: list[torch.Tensor], extra: int = 0, fill: float = 0.0) -> tu
 STEMS = [
     {"stem_downsampling": "stride"},
     {"stem_downsampling": "max"},
-    {"stem_downsampling": "stride", "stem_depth": 2, "stem_skip": True},
-    {"stem_downsampling": "max", "stem_depth": 2, "stem_bands": "mean", "stem_skip": True},
+    {"stem_downsampling": "stride", "stem_depth": 2},
+    {"stem_downsampling": "max", "stem_depth": 2},
 ]
 
 
-@pytest.mark.parametrize("pooling", ["mean", "mean_max", "attention", "last", "features"])
+@pytest.mark.parametrize("pooling", ["mean", "mean_max", "attention", "last"])
 @pytest.mark.parametrize("bidirectional", ["none", "tied", "untied"])
 @pytest.mark.parametrize("stem", STEMS)
 @torch.no_grad()
@@ -135,30 +135,18 @@ def test_downsampling_by_maxima_is_a_dense_convolution_and_a_pool(causal: bool) 
     torch.testing.assert_close(stem(features, torch.tensor([12]))[0], expected)
 
 
+@pytest.mark.parametrize("causal", [True, False])
 @torch.no_grad()
-def test_the_mean_of_the_bands_of_a_deep_stem() -> None:
-    stem = FrameStem(6, 8, 4, [3, 5], causal=False, downsampling="max", depth=2, bands="mean").eval()
-    features = torch.randn(1, 12, 6)
+def test_a_layer_of_several_convolutions(causal: bool) -> None:
+    stem = FrameStem(6, 8, 4, [3, 5], causal, "max", depth=2).eval()
+    features = torch.randn(1, 13, 6)  # the last group is not whole
     x = features[:, None]
     for i, convolution in enumerate(stem.convolutions):
-        x = F.relu(convolution(F.pad(x, (1, 1, 1, 1))) / (1 + 1e-5) ** 0.5)
-        x = F.max_pool2d(F.pad(x, (0, x.shape[3] % 2)), 2) if i % 2 else x
-    expected = stem.projection(x.mean(3).transpose(1, 2))
-    torch.testing.assert_close(stem(features, torch.tensor([12]))[0], expected)
-
-
-@torch.no_grad()
-def test_the_head_reads_the_mean_and_the_greatest_of_every_feature() -> None:
-    task = make_task("features", "tied", stem_skip=True, dropout=0.5)
-    features, lengths = batch_of(clips([32]))
-    y, _ = task.encode(features, lengths)
-    x = task.stem(features, lengths)[0]
-    assert torch.equal(y[..., 16:], F.relu(x))
-    torch.testing.assert_close(task(features, lengths), task.head(y.mean(1) + y.amax(1)))
-    # A token alone is a clip of one token.
-    torch.testing.assert_close(
-        task.frame_logits(features, lengths), task.score(y.flatten(0, 1)[:, None], 1 + 0 * lengths)[1][None]
-    )
+        x = F.relu(convolution(F.pad(x, (1, 1, 2, 0) if causal else (1, 1, 1, 1))) / (1 + 1e-5) ** 0.5)
+        x = F.max_pool2d(F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2)), 2) if i % 2 else x
+    expected = stem.projection(x.transpose(1, 2).flatten(2))
+    torch.testing.assert_close(stem(features, torch.tensor([13]))[0], expected)
+    torch.testing.assert_close(stem(features, None)[0], expected)
 
 
 def test_a_frame_group_of_too_many_strides_is_refused() -> None:
