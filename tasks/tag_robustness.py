@@ -48,7 +48,7 @@ def length_curve(
     """Accuracy of a tagger with one label a clip against the length of what it hears.
 
     Up to a clip's own length its middle is heard. Beyond, the clip is followed by others of its class, with noise
-    between them alone, as often as they fit.
+    between them alone, until the end, which may cut the last one.
 
     Args:
         task: in evaluation mode.
@@ -79,7 +79,9 @@ def length_curve(
                 others = rng.permutation([j for j in np.flatnonzero(labels == labels[i]) if j != i])
                 chosen = [samples, *(_samples(task, clips[j]) for j in others[: int(seconds)])]
                 background = noise_background(int(rng.integers(2**31)), NOISE_LEVEL)
-                placement = Placement(seconds, (0.2, 1.0), snr_db=None, seed=int(rng.integers(2**31)), between=True)
+                placement = Placement(
+                    seconds, (0.2, 1.0), snr_db=None, seed=int(rng.integers(2**31)), between=True, cut=True
+                )
                 scene = make_scene(chosen, background, rate, placement)[0]
             *_, last = listen(task, [scene])
             right[i] = int(last.clip[0].argmax()) == labels[i]

@@ -34,7 +34,7 @@ class Placement:
     seconds: length of the scene; None for the clips and gaps after one another, all of them.
     gap_s: least and greatest time before, between and after clips. snr_db: the level of a clip above the background's,
     each measured as root mean square; None keeps the clips' own levels. between: the background sounds between the
-    clips alone, not behind them.
+    clips alone, not behind them. cut: the scene ends within a clip, where it would otherwise hold whole ones only.
     """
 
     seconds: float | None = None
@@ -42,6 +42,7 @@ class Placement:
     snr_db: float | None = 10.0
     seed: int = 0
     between: bool = False
+    cut: bool = False
 
 
 Background = Callable[[int], np.ndarray]
@@ -112,7 +113,7 @@ def scene_parts(
 ) -> Iterator[tuple[np.ndarray, Event | None]]:
     """A scene piece by piece, in constant memory: samples (n,), and the event that the piece is, or None.
 
-    Clips come in their order, over and over where `seconds` asks for more, whole ones only.
+    Clips come in their order, over and over where `seconds` asks for more; the last may be cut.
     """
     if not clips:
         raise UserError("a scene needs a clip")
@@ -123,14 +124,17 @@ def scene_parts(
     order = itertools.cycle(range(len(clips))) if total is not None else iter(range(len(clips)))
     for number in order:
         gap = round(rng.uniform(*placement.gap_s) * sample_rate)
-        if total is not None and at + gap + len(clips[number]) > total:
-            break
+        clip = clips[number]
+        if total is not None and at + gap + len(clip) > total:
+            clip = clip[: max(0, total - at - gap)] if placement.cut else clip[:0]
+            if not len(clip):
+                break
         for size in _minutes(gap, sample_rate):
             yield background(size), None
         at += gap
-        event = Event(at / sample_rate, (at + len(clips[number])) / sample_rate, number)
-        yield _placed(clips[number], background(len(clips[number])), fade, placement.snr_db, placement.between), event
-        at += len(clips[number])
+        event = Event(at / sample_rate, (at + len(clip)) / sample_rate, number)
+        yield _placed(clip, background(len(clip)), fade, placement.snr_db, placement.between), event
+        at += len(clip)
     rest = round(rng.uniform(*placement.gap_s) * sample_rate) if total is None else total - at
     for size in _minutes(rest, sample_rate):
         yield background(size), None

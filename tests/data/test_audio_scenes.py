@@ -57,6 +57,17 @@ def test_the_background_may_sound_between_the_clips_alone() -> None:
     assert rms(behind[begin:end]) > 0
 
 
+def test_the_end_may_cut_the_last_clip() -> None:
+    clips = [noise(700, 1), noise(400, 2)]
+    samples, events = make_scene(clips, nothing, RATE, Placement(1.4, gap_s=(0.1, 0.1), snr_db=None, cut=True))
+    assert [(event.start_s, event.end_s) for event in events] == [(0.1, 0.8), (0.9, 1.3)]
+    samples, events = make_scene(clips, nothing, RATE, Placement(1.2, gap_s=(0.1, 0.1), snr_db=None, cut=True))
+    assert [(event.start_s, event.end_s) for event in events] == [(0.1, 0.8), (0.9, 1.2)]
+    assert len(samples) == 1200
+    assert np.array_equal(samples[920:1180], clips[1][20:280])
+    assert make_scene(clips, nothing, RATE, Placement(0.1, gap_s=(0.1, 0.1), cut=True))[1] == []
+
+
 @pytest.mark.parametrize("seconds", [1.0, 7.3, 200.0])
 def test_a_scene_is_as_long_as_asked_and_repeats_whole_clips(seconds: float) -> None:
     clips = [noise(700, 1), noise(400, 2)]
