@@ -19,6 +19,7 @@ from seqssm.tasks.tagging_network import TaggingNetwork
 from seqssm.tasks.tagging_stream import TagScores, make_tagger
 
 NOISE_LEVEL = 0.003  # root mean square of the noise between clips
+SPARE_S = 1.0  # so little is not filled with noise and another clip
 SMOOTH_S = 1.0  # a needle is looked for in means over so long
 
 
@@ -47,8 +48,8 @@ def length_curve(
 ) -> list[dict[str, Any]]:
     """Accuracy of a tagger with one label a clip against the length of what it hears.
 
-    Up to a clip's own length its middle is heard. Beyond, the clip is followed by others of its class, with noise
-    between them alone, until the end, which may cut the last one.
+    Up to a clip's own length, or a second more, its middle is heard. Beyond, the clip is followed by others of its
+    class, with noise between them alone, until the end, which may cut the last one.
 
     Args:
         task: in evaluation mode.
@@ -71,8 +72,8 @@ def length_curve(
         for i, clip in enumerate(clips):
             samples = _samples(task, clip)
             size = round(seconds * rate)
-            if size <= len(samples):
-                begin = (len(samples) - size) // 2
+            if size <= len(samples) + SPARE_S * rate:
+                begin = max(0, len(samples) - size) // 2
                 scene = samples[begin : begin + size]
             else:
                 rng = np.random.default_rng([seed, i])
