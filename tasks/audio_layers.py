@@ -21,7 +21,7 @@ def real_positions(lengths: Tensor | None, size: int) -> Tensor | None:
 
 
 def padded_lengths(features: Tensor, lengths: Tensor) -> Tensor | None:
-    """The lengths (b,) of features (b, l, mel), or None where nothing is padded: masks take longer than convolutions.
+    """The lengths (b,) of features (b, l, mel), or None where nothing is padded and no masks are needed.
 
     This waits for the device of the lengths.
     """
