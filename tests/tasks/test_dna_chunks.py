@@ -133,4 +133,4 @@ def test_a_sharded_strategy_is_refused_before_the_first_step() -> None:
     task = make_task(chunk_length=8)
     task._trainer = SimpleNamespace(strategy=FSDPStrategy())
     with pytest.raises(UserError, match="a sharded strategy has given the weights back"):
-        task.on_fit_start()
+        task.setup("fit")
