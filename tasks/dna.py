@@ -67,7 +67,7 @@ class DNAClassification(DNANetwork, Task):
         chunk_kept: how many chunks of a window, its last ones, keep their activations instead of being run a second
             time in the backward pass: faster, where memory allows. The first of them costs none.
         members: train so many networks, each by itself on the same batches, and answer with the mean of their
-            probabilities: small models for short windows gain more from that than from being larger.
+            probabilities.
         optimizer: learning rate and its schedule.
         init_from: a checkpoint whose backbone and embedding to start from: a shipped name, a folder or a .ckpt.
     """
