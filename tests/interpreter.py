@@ -1,7 +1,7 @@
 """Kernels on a CPU: Triton must know before it is imported that it is to interpret them.
 
 So the tests of a file that are marked ``interpreted`` run in a process of their own, which another test of it starts
-with ``run_interpreted``.
+with ``assert_passes_interpreted``.
 """
 
 import os
@@ -14,7 +14,7 @@ INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRET, reason="runs in a process of its own: see test_in_the_interpreter")
 
 
-def run_interpreted(file: str, *selection: str) -> None:
+def assert_passes_interpreted(file: str, *selection: str) -> None:
     """Run a test file in Triton's interpreter; ``selection`` is of pytest's options."""
     if INTERPRET:
         pytest.skip("this is that process")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from cases import distances
-from interpreter import interpreted, run_interpreted
+from interpreter import assert_passes_interpreted, interpreted
 from torch import Tensor
 
 from seqssm.kernels import LayerWeights, mamba_chunk, mamba_step
@@ -57,7 +57,7 @@ def check(sizes: tuple, dtype: torch.dtype, device: str, tolerance: float) -> No
 
 
 def test_in_the_interpreter() -> None:
-    run_interpreted(__file__)
+    assert_passes_interpreted(__file__)
 
 
 @interpreted

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from cases import distances, fixed_randn
-from interpreter import interpreted, run_interpreted
+from interpreter import assert_passes_interpreted, interpreted
 from torch import Tensor
 
 from seqssm.kernels import add_rms_norm
@@ -61,7 +61,7 @@ def test_bad_arguments_are_named() -> None:
 
 
 def test_in_the_interpreter() -> None:
-    run_interpreted(__file__)
+    assert_passes_interpreted(__file__)
 
 
 @interpreted

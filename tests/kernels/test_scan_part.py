@@ -5,7 +5,7 @@ import importlib
 import pytest
 import torch
 from cases import ScanCase, assert_accurate, inputs_in, outputs_and_gradients
-from interpreter import interpreted, run_interpreted
+from interpreter import assert_passes_interpreted, interpreted
 from torch import Tensor
 
 from seqssm.kernels.selective_scan.part import scan_part
@@ -18,7 +18,7 @@ CUTS = (0, 9, 12)  # parts shorter and longer than a segment
 
 
 def test_in_the_interpreter() -> None:
-    run_interpreted(__file__)
+    assert_passes_interpreted(__file__)
 
 
 @interpreted

@@ -15,7 +15,7 @@ from cases import (
     outputs_and_gradients,
     run,
 )
-from interpreter import interpreted, run_interpreted
+from interpreter import assert_passes_interpreted, interpreted
 from torch import Tensor
 
 from seqssm.kernels import causal_conv1d, causal_conv1d_step
@@ -32,7 +32,7 @@ TINY = {  # segments of 16 tokens, tiles of 4
 
 
 def test_in_the_interpreter() -> None:
-    run_interpreted(__file__)
+    assert_passes_interpreted(__file__)
 
 
 @interpreted

@@ -16,7 +16,7 @@ from cases import (
     outputs_and_gradients,
     run,
 )
-from interpreter import interpreted, run_interpreted
+from interpreter import assert_passes_interpreted, interpreted
 from ptx import Warp
 from torch import Tensor
 
@@ -36,7 +36,7 @@ TINY = {  # chunks of 8 tokens, segments and tiles of 4
 
 
 def test_in_the_interpreter() -> None:
-    run_interpreted(__file__)
+    assert_passes_interpreted(__file__)
 
 
 @pytest.mark.parametrize(("count", "pack"), [(16, 2), (16, 1), (8, 1), (32, 1)])

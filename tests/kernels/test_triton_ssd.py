@@ -19,7 +19,7 @@ from cases import (
     run,
     yardstick,
 )
-from interpreter import interpreted, run_interpreted
+from interpreter import assert_passes_interpreted, interpreted
 from torch import Tensor
 
 from seqssm.kernels import ssd, ssd_step
@@ -38,7 +38,7 @@ TINY = {  # chunks of 16 tokens, segments of 32, blocks of 16 channels, one segm
 
 
 def test_in_the_interpreter() -> None:
-    run_interpreted(__file__)
+    assert_passes_interpreted(__file__)
 
 
 @pytest.fixture

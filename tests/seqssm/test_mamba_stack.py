@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from interpreter import interpreted, run_interpreted
+from interpreter import assert_passes_interpreted, interpreted
 from torch import Tensor, nn
 
 from seqssm.backbone import Backbone, BackboneConfig
@@ -130,7 +130,7 @@ def test_frozen_weights_get_no_gradient():
 
 
 def test_in_the_interpreter():
-    run_interpreted(__file__, "-k", "triton")
+    assert_passes_interpreted(__file__, "-k", "triton")
 
 
 @interpreted
