@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import logging
 import os
 import shlex
 import sys
@@ -178,6 +179,9 @@ def run_trainer(command: str, args: list[str]) -> LightningCLI:
     warnings.filterwarnings("ignore", message=".*No (positive|negative) samples in targets.*")
     # main() hands the arguments over explicitly, whatever sys.argv holds.
     warnings.filterwarnings("ignore", message="LightningCLI.s args parameter.*")
+    # What Lightning does within itself, and what its makers advertise, is nothing that a user can act upon.
+    warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*is deprecated")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.msg)
     try:
         return TaskCLI(args=[command, *_resolve_configs(args)])
     except ArgumentError as error:

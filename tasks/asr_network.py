@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -118,6 +119,11 @@ class ASRNetwork(Network):
         self.predictor = Predictor(vocabulary, d) if rnnt_weight else None
         self.joiner = Joiner(d, vocabulary) if rnnt_weight else None
         self.eval_choice = self.menu_position(max(lookahead_ms) if eval_lookahead_ms is None else eval_lookahead_ms)
+
+    @classmethod
+    def output_names(cls, init_args: Mapping[str, Any]) -> list[str]:
+        stored = init_args.get("tokenizer")
+        return ["<blank>", *tokenizer_from_dict(stored).tokens] if stored else []
 
     @property
     def causal(self) -> bool:

@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from torch import Tensor
+
 from seqssm.errors import UserError
 from seqssm.tasks.network import Loaded, Network
 
@@ -18,6 +20,8 @@ NAMED = 6
 
 def start_from(network: Network, source: Loaded, name: str) -> str:
     """Copy the weights of ``source`` that fit into ``network``, and say in a few lines what was done.
+
+    Of a head with other outputs, the rows of those are copied that both have: the same labels, the same characters.
 
     Args:
         network: just built.
@@ -36,20 +40,35 @@ def start_from(network: Network, source: Loaded, name: str) -> str:
     heads = tuple(f"{part}." for part in network.head_parts)
     in_head = {key for key in own if _MEMBER.sub("", key).startswith(heads)}
     fits = {key for key, value in own.items() if key in theirs and theirs[key].shape == value.shape}
-    misfits = [key for key in own if key in theirs and key not in fits and key not in in_head]
     body = tuple(f"{part}." for part in network.body_parts)
-    missing = [key for key in own if key.startswith(body) and key not in theirs]
-    if misfits or missing:
-        first = (misfits or missing)[0]
-        shapes = f"{tuple(theirs[first].shape)} there, {tuple(own[first].shape)} here" if misfits else "not there"
+    misfits = [key for key in own if key in theirs and key not in fits and key not in in_head]
+    misfits += [key for key in own if key.startswith(body) and key not in theirs]
+    if misfits:
+        first = misfits[0]
+        shapes = (
+            f"{tuple(theirs[first].shape)} there, {tuple(own[first].shape)} here" if first in theirs else "not there"
+        )
         settings = _differences(old, new)
         raise UserError(
-            f"init_from {name}: {_count(misfits or missing, 'weight')} not fit this model, the first {first} "
-            f"({shapes}); use the settings that it was trained with" + (f": {', '.join(settings)}" if settings else "")
+            f"init_from {name}: {_count(misfits, 'weight')} not fit this model, the first {first} ({shapes}); use the "
+            f"settings that it was trained with" + (f": {', '.join(settings)}" if settings else "")
         )
-    taken = {key for key in fits if not (renamed and key in in_head)}
-    network.load_state_dict({key: theirs[key] for key in taken}, strict=False)
+    taken = {key: theirs[key] for key in fits if not (renamed and key in in_head)}
+    names = network.output_names(old), network.output_names(new)
+    there = {output: i for i, output in enumerate(names[0])}
+    rows = [(there[output], i) for i, output in enumerate(names[1]) if renamed and output in there]
+    sizes = tuple(map(len, names))
+    partly = {
+        key: _with_rows(own[key], theirs[key], rows)
+        for key in own
+        if rows and key in in_head and key in theirs and own[key].shape[1:] == theirs[key].shape[1:]
+        if (len(theirs[key]), len(own[key])) == sizes
+    }
+    network.load_state_dict(taken | partly, strict=False)
     lines = [f"init_from {name}: {len(taken)} of {len(own)} tensors loaded"]
+    if partly:
+        lines.append(f"  for {len(rows)} of {sizes[1]} outputs, which both have: {_names(partly)}")
+    taken |= partly
     fresh, unused = [key for key in own if key not in taken], [key for key in theirs if key not in taken]
     if fresh:
         reason = f" (other {' and '.join(renamed)})" if renamed else ""
@@ -59,6 +78,14 @@ def start_from(network: Network, source: Loaded, name: str) -> str:
     if settings := _differences(old, new):
         lines.append(f"  other settings: {', '.join(settings)}")
     return "\n".join(lines)
+
+
+def _with_rows(own: Tensor, theirs: Tensor, rows: list[tuple[int, int]]) -> Tensor:
+    """``own`` with some rows of ``theirs``: (row there, row here) each."""
+    there, here = (list(side) for side in zip(*rows, strict=True))
+    result = own.clone()
+    result[here] = theirs[there].to(own)
+    return result
 
 
 def _count(keys: list[str], what: str) -> str:

@@ -71,6 +71,11 @@ class Network(nn.Module):
         """Where the weights are."""
         return next(self.parameters()).device
 
+    @classmethod
+    def output_names(cls, init_args: Mapping[str, Any]) -> list[str]:
+        """What each output of the head stands for, of a network with these arguments: by default its labels."""
+        return list(init_args.get("labels", []))
+
     def use_backend(self, backend: str) -> None:
         """Have the scans run in another backend; those of the kernels, or ``auto``."""
         for module in self.modules():

@@ -73,6 +73,20 @@ def test_evaluate_reports_errors_delays_and_a_long_stream(trained: Path) -> None
     assert main(["evaluate", "--checkpoint", checkpoint(trained), *config]) == 0
 
 
+def test_texts_that_the_model_cannot_spell_are_scored_where_the_config_says_so(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "own.tsv").write_text(f"path\ttext\tsplit\n{trained}/5.wav\tab it's\ttest\n")
+    config = tmp_path / "own.yaml"
+    config.write_text(f"data:\n  init_args: {{path: {tmp_path}/own.tsv, root: /, text: {{unknown: error}}}}\n")
+    command = ["evaluate", "--checkpoint", checkpoint(trained), "--device", "cpu", "--data", str(config)]
+    assert main(command) == 2
+    assert "set text.unknown to remove" in capsys.readouterr().err
+    config.write_text(config.read_text().replace("error", "remove"))
+    assert main(command) == 0
+    assert "| WER" in capsys.readouterr().out
+
+
 BAD = {
     "no file": (["transcribe", "missing.wav"], "missing.wav does not exist"),
     "no audio": (["transcribe", "{config}"], "not readable as audio"),

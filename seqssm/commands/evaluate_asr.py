@@ -88,7 +88,7 @@ def speech_data(loaded: Loaded, data: str | None) -> Any:
     Args:
         loaded: the checkpoint.
         data: a config with a `data` section, or a manifest or folder as SpeechDataModule's `path`; the training data
-            by default.
+            by default. Of its `text`, `unknown` alone counts: `remove` scores what the model can spell.
     """
     from seqssm.data.speech.datamodule import SpeechDataModule
 
@@ -103,8 +103,10 @@ def speech_data(loaded: Loaded, data: str | None) -> Any:
             "there is no data to score on: give --data a manifest, a folder or a config with a data section"
         )
     stored = loaded.description["init_args"]
+    unknown = {key: value for key, value in (settings.get("text") or {}).items() if key == "unknown"}
     # The statistics, too: what the model was trained on, not what other data would give.
-    settings |= {key: stored[key] for key in ("features", "text")} | {"tokenizer": {"stored": stored["tokenizer"]}}
+    settings |= {"features": stored["features"], "text": {**stored["text"], **unknown}}
+    settings |= {"tokenizer": {"stored": stored["tokenizer"]}}
     try:
         return SpeechDataModule(**settings)
     except TypeError as error:

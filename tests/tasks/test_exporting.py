@@ -220,6 +220,13 @@ def test_init_from_says_what_it_takes_and_what_not(tmp_path: Path, monkeypatch: 
     assert "new, at their random start (other labels): head.1.weight, head.1.bias" in told[-1]
     assert "in the checkpoint, not used: head.1.bias, head.1.weight" in told[-1]
     assert "pooling mean -> max" in told[-1]
+    # One class of two is known, and stands elsewhere now.
+    partly = DNAClassification(["b", "c", "d"], TWO_WAY, kmer=2, init_from=folder)
+    assert torch.equal(partly.head[1].weight[0], source.head[1].weight[1])
+    assert torch.equal(partly.head[1].bias[0], source.head[1].bias[1])
+    assert not torch.equal(partly.head[1].weight[1], source.head[1].weight[0])
+    assert "for 1 of 3 outputs, which both have: head.1.weight, head.1.bias" in told[-1]
+    assert "random start" not in told[-1]
     with pytest.raises(UserError, match=r"weights do not fit this model, the first .*backbone.d_model 16 -> 32"):
         DNAClassification(["a", "b"], BackboneConfig(d_model=32, n_layers=2, mixers=MAMBA), init_from=folder)
     deeper = BackboneConfig(d_model=16, n_layers=3, mixers=MAMBA, bidirectional="tied")
