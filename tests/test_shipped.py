@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 import seqssm
 from seqssm import hub
+from seqssm.cli import find_config
 from seqssm.tasks.network import Network
 
 MOST_BYTES = 40_000_000
@@ -55,6 +57,23 @@ def test_each_kind_has_one_default() -> None:
     kinds = {(hub.read_config(folder).get("network") or {}).get("class_path") for folder in SHIPPED.values()}
     for kind in kinds - {None}:
         assert hub.default(kind), f"several checkpoints of {kind}, and not one of them is marked `default: true`"
+
+
+FINETUNING = {
+    "asr/finetune": ("stem_channels", "lookahead_after"),
+    "tagging/finetune": ("frame_group", "stem_channels", "stem_downsampling", "stem_depth", "pooling"),
+    "dna/finetune": (),
+}
+
+
+@pytest.mark.parametrize("name", FINETUNING)
+def test_configs_for_finetuning_are_shaped_as_their_checkpoint(name: str) -> None:
+    asked = yaml.safe_load(Path(find_config(name)).read_text())["model"]["init_args"]
+    shipped = hub.read_config(hub.resolve(asked["init_from"]))["init_args"]
+    for key in FINETUNING[name]:
+        assert asked[key] == shipped[key]
+    for key in ("d_model", "n_layers"):
+        assert asked["backbone"][key] == shipped["backbone"][key]
 
 
 def test_the_check_of_cards_fails_where_it_should(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 
 from seqssm.cli import main
 from seqssm.errors import UserError
