@@ -13,7 +13,7 @@ from seqssm.kernels.launching import Launcher, cdiv, launcher, next_power_of_2
 from seqssm.kernels.selective_scan.op import CHUNK
 from seqssm.kernels.selective_scan.triton_backward import gradient_kernel, history_kernel, unpack_kernel
 from seqssm.kernels.selective_scan.triton_forward import pack_kernel, pass_states_kernel, scan_kernel, step_kernel
-from seqssm.kernels.selective_scan.triton_single import LANES, single_scan_kernel
+from seqssm.kernels.selective_scan.triton_single import LANES, pair_kernel, single_scan_kernel
 from seqssm.kernels.triton_tiles import reverse_mask, strides, sum_and_store_assembly, use_device, wide_offsets
 
 _LOG2E = 1.4426950408889634
@@ -164,11 +164,16 @@ def _scan_whole(
     tensors = (u, delta, z, A, B, C, D, delta_bias, initial_state, seq_idx)
     launch = launcher("scan", "whole", delta_softplus, reverse, tensors=tensors)
     with use_device(u), launch.together():
-        dtype = torch.bfloat16 if B.dtype == C.dtype == torch.bfloat16 else torch.float32
-        packed, _ = _pack(launch, B, C, 0, l, l, mask, 1, dtype)
+        # Half the bytes where nothing is rounded by it.
+        narrow = B.dtype == C.dtype == torch.bfloat16
+        pairs = B.new_empty((b, g, l, n), dtype=torch.int32 if narrow else torch.int64)
+        launch(
+            pair_kernel, b * g * cdiv(l, _PACK_TOKENS),
+            B, C, pairs, *B.stride(), *C.stride(), l, g, n, mask, BLOCK_T=_PACK_TOKENS, BLOCK_N=_state_block(n),
+        )  # fmt: skip
         launch(
             single_scan_kernel, b * g * cdiv(d // g, _SINGLE_BLOCK),
-            u, delta, z, y, packed, A, D, delta_bias, initial_state, final_state, seq_idx,
+            u, delta, z, y, pairs, A, D, delta_bias, initial_state, final_state, seq_idx,
             *u.stride(), *delta.stride(), *strides(z, 3), *strides(seq_idx, 2), l, d, d // g, g, n, mask,
             SOFTPLUS=delta_softplus, WHOLE=whole, WIDE=wide_offsets(l, u, delta, z),
             TILES=_SINGLE_TILES, BLOCK=_SINGLE_BLOCK, SHARE=share, num_warps=1, maxnreg=_SINGLE_REGISTERS,
@@ -365,21 +370,20 @@ def _pack(
     length: int,
     reverse_mask: int,
     tile: int,
-    dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, int]:
-    """B and C (b, l, g, n) of ``tokens`` tokens from ``start``, in scan order and ``dtype``, (b, g, tiles, n, 2 tile),
+    """B and C (b, l, g, n) of ``tokens`` tokens from ``start``, in scan order and float32, (b, g, tiles, n, 2 tile),
     as integers of two each; and the number of tiles."""
     b, _, g, n = B.shape
     tiles = cdiv(tokens, tile)
     size = b * g * tiles * n * 2 * tile
-    packed = B.new_empty(size + 2 * tile, dtype=dtype)  # the kernels read one row too many
+    packed = B.new_empty(size + 2 * tile, dtype=torch.float32)  # the kernels read one row too many
     block_t, block_n = _PACK_TOKENS, _state_block(n)
     launch(
         pack_kernel, b * g * cdiv(tiles * tile, block_t),
         B, C, packed, *B.stride(), *C.stride(), start, tiles, length, g, n, reverse_mask,
         TILE=tile, BLOCK_T=block_t, BLOCK_N=block_n,
     )  # fmt: skip
-    return packed.view(torch.int64 if dtype == torch.float32 else torch.int32), tiles
+    return packed.view(torch.int64), tiles
 
 
 @functools.cache

@@ -22,6 +22,39 @@ LANES = tl.constexpr(4)
 
 
 @triton.jit
+def _bits(x, pairs):
+    """``x`` as the lower half of an integer of the type that ``pairs`` points to: rounded to bfloat16 in one of 32
+    bits, to float32 in one of 64."""
+    if pairs.dtype.element_ty == tl.int64:
+        bits = x.to(tl.float32).to(tl.uint32, bitcast=True).to(tl.int64)
+    else:
+        bits = x.to(tl.bfloat16).to(tl.uint16, bitcast=True).to(tl.int32)
+    return bits
+
+
+@triton.jit(do_not_specialize=["length", "reverse_mask"])
+def pair_kernel(
+    B, C, pairs, B_b, B_t, B_g, B_n, C_b, C_t, C_g, C_n, length, groups, states, reverse_mask,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """B and C (b, l, g, n), B in the lower half, to integers ``pairs`` (b, g, l, n) in scan order."""
+    blocks = tl.cdiv(length, BLOCK_T)
+    pid = tl.program_id(0)
+    group = ((pid // blocks) % groups).to(tl.int64)  # B and C may be state-major views of a long sequence
+    batch = (pid // (blocks * groups)).to(tl.int64)
+    time = (pid % blocks) * BLOCK_T + tl.arange(0, BLOCK_T)
+    token = tl.where(((reverse_mask >> group) & 1) != 0, length - 1 - time, time).to(tl.int64)
+    out = pairs + ((batch * groups + group) * length + time) * states
+    SHIFT: tl.constexpr = pairs.dtype.element_ty.primitive_bitwidth // 2
+    for n0 in range(0, states, BLOCK_N):
+        n = (n0 + tl.arange(0, BLOCK_N)).to(tl.int64)
+        inside = (time < length)[:, None] & (n < states)[None, :]
+        b = tl.load(B + batch * B_b + group * B_g + token[:, None] * B_t + n[None, :] * B_n, mask=inside, other=0.0)
+        read = tl.load(C + batch * C_b + group * C_g + token[:, None] * C_t + n[None, :] * C_n, mask=inside, other=0.0)
+        tl.store(out[:, None] + n[None, :], _bits(b, pairs) | (_bits(read, pairs) << SHIFT), mask=inside)
+
+
+@triton.jit
 def _load_tiles(pointer, step, offsets, t, mask, length, TILES: tl.constexpr, WHOLE: tl.constexpr):
     """TILES times LANES rows (LANES, BLOCK) from row ``t`` on."""
     tiles = ()
@@ -32,20 +65,20 @@ def _load_tiles(pointer, step, offsets, t, mask, length, TILES: tl.constexpr, WH
 
 
 @triton.jit
-def _load_pairs(packed, t, states, there, count, SHARE: tl.constexpr, WHOLE: tl.constexpr):
+def _load_pairs(pairs, t, states, there, count, SHARE: tl.constexpr, WHOLE: tl.constexpr):
     """B and C of LANES tokens from ``t``, (LANES, SHARE) each."""
-    pairs = ()
+    tokens = ()
     for j in tl.static_range(LANES):
         if WHOLE:  # the offsets are constants
-            pairs += (tl.load(packed + t * (LANES * SHARE) + j * (LANES * SHARE)),)
+            tokens += (tl.load(pairs + t * (LANES * SHARE) + j * (LANES * SHARE)),)
         else:
-            pairs += (tl.load(packed + (t + j) * states, mask=there & (j < count), other=0),)
-    return pairs
+            tokens += (tl.load(pairs + (t + j) * states, mask=there & (j < count), other=0),)
+    return tokens
 
 
 @triton.jit
 def _unpack(pair):
-    """B and C from integers that hold both side by side: in float32, or in bfloat16, which is the half of it."""
+    """B and C from what ``pair_kernel`` makes of them; a bfloat16 is the upper half of a float32."""
     if pair.dtype == tl.int64:
         b, read = pair.to(tl.int32), (pair >> 32).to(tl.int32)
     else:
@@ -64,7 +97,7 @@ def _exchange(low, high, BIT: tl.constexpr):
 
 @triton.jit(do_not_specialize=["length", "reverse_mask"])
 def single_scan_kernel(
-    u, delta, z, y, packed, A, D, bias, initial_state, final_state, seq_idx,
+    u, delta, z, y, pairs, A, D, bias, initial_state, final_state, seq_idx,
     u_b, u_t, u_c, delta_b, delta_t, delta_c, z_b, z_t, z_c, seq_b, seq_t,
     length, channels, per_group, groups, states, reverse_mask,
     SOFTPLUS: tl.constexpr, WHOLE: tl.constexpr, WIDE: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr,
@@ -73,8 +106,8 @@ def single_scan_kernel(
     """Scan a whole sequence of BLOCK channels: y (b, l, d) and the final state (b, d, n).
 
     A tensor (LANES, BLOCK) holds, for what belongs to a token, LANES tokens; and (LANES, BLOCK, SHARE) the states of a
-    channel. ``A`` (d, n) is contiguous; ``packed`` (b, g, l, n) has B and C side by side in scan order. WHOLE says that
-    the length is a multiple of TILES * LANES, the channels of a group one of BLOCK, and n = LANES * SHARE.
+    channel. ``A`` (d, n) is contiguous; ``pairs`` (b, g, l, n) are of ``pair_kernel``. WHOLE says that the length is a
+    multiple of TILES * LANES, the channels of a group one of BLOCK, and n = LANES * SHARE.
     """
     batch, _, group, _, c, mask = locate(per_group, groups, 1, BLOCK, WIDE)
     direction = 1 - 2 * ((reverse_mask >> group) & 1)
@@ -97,10 +130,10 @@ def single_scan_kernel(
     skip = tl.zeros([BLOCK], tl.float32)
     if D is not None:
         skip = load_channels(D + c, mask).to(tl.float32)
-    packed += (batch * groups + group) * length * states + n
+    pairs += (batch * groups + group) * length * states + n
     next_inputs = _load_tiles(u_row, u_step, c * u_c, start, mask, length, TILES, WHOLE)
     next_raws = _load_tiles(delta_row, delta_step, c * delta_c, start, mask, length, TILES, WHOLE)
-    next_pairs = _load_pairs(packed, start, states, there, length, SHARE, WHOLE)
+    next_pairs = _load_pairs(pairs, start, states, there, length, SHARE, WHOLE)
     next_gates = next_raws
     if z is not None:
         z_row, z_step = rows(z, batch, start, length, direction, z_b, z_t)
@@ -116,9 +149,9 @@ def single_scan_kernel(
         for i in tl.static_range(TILES):
             first = t + i * LANES
             count = length - first
-            pairs = next_pairs
+            now = next_pairs
             next_first = first + LANES if i + 1 < TILES else ahead
-            next_pairs = _load_pairs(packed, next_first, states, there, length - next_first, SHARE, WHOLE)
+            next_pairs = _load_pairs(pairs, next_first, states, there, length - next_first, SHARE, WHOLE)
             x = inputs[i].to(tl.float32)
             steps = step_sizes(raws[i], offset, count, SOFTPLUS, LANES, WHOLE)
             drives = steps * x
@@ -129,7 +162,7 @@ def single_scan_kernel(
                 token = tl.full([LANES, BLOCK], j, tl.int32)
                 step = tl.gather(steps, token, 0)[:, :, None]
                 drive = tl.gather(drives, token, 0)[:, :, None]
-                b, read = _unpack(pairs[j])
+                b, read = _unpack(now[j])
                 b, read = b[:, None, :], read[:, None, :]
                 decay = tl.exp2(step * a2)
                 if seq_idx is not None:

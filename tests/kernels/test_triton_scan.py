@@ -141,6 +141,31 @@ def test_strides_beyond_32_bits(reverse: bool) -> None:
 
 
 @interpreted
+@pytest.mark.parametrize(
+    ("dtype", "half", "pair"),
+    [
+        (torch.bfloat16, torch.int16, torch.int32),
+        (torch.float16, torch.int32, torch.int64),
+        (torch.float32, torch.int32, torch.int64),
+    ],
+)
+def test_pairs_of_B_and_C_are_exact(dtype: torch.dtype, half: torch.dtype, pair: torch.dtype) -> None:
+    from seqssm.kernels.selective_scan.triton_single import pair_kernel
+
+    b, l, g, n, reverse = 2, 9, 2, 5, 0b10
+    generator = torch.Generator().manual_seed(0)
+    B, C = (torch.randn(b, l, g, n, generator=generator).to(dtype) for _ in range(2))
+    B[0, 0, 0, 0], C[0, 0, 0, 0], C[0, 1, 0, 0] = float("inf"), -0.0, float("nan")
+    pairs = torch.empty(b, g, l, n, dtype=pair)
+    pair_kernel[(b * g * 3,)](
+        B, C, pairs, *B.stride(), *C.stride(), l, g, n, reverse, BLOCK_T=4, BLOCK_N=4
+    )  # fmt: skip
+    expected = torch.stack([B, C], dim=-1).transpose(1, 2).to(torch.bfloat16 if half == torch.int16 else torch.float32)
+    expected = torch.stack([expected[:, 0], expected[:, 1].flip(1)], dim=1)
+    assert torch.equal(pairs.view(half).view(b, g, l, n, 2), expected.view(half))
+
+
+@interpreted
 @pytest.mark.parametrize("segments", [1, 4, 5, 11])  # one span; one; three, the last one short
 @pytest.mark.parametrize("backward", [False, True])
 def test_states_pass_through_spans(monkeypatch: pytest.MonkeyPatch, segments: int, backward: bool) -> None:
