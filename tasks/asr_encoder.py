@@ -162,7 +162,9 @@ class TableStep:
                 self._run()
         torch.cuda.current_stream(self._device).wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+        # On a stream of its own: graphs that are captured on one share cuBLAS's workspace, also with other tables', and
+        # must then not run side by side, nor outlive one another (github.com/pytorch/pytorch/issues/193402).
+        with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
             self._outputs = self._run()
         for key, value in before.items():
             self.state[key].copy_(value)
