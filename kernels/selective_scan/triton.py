@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from seqssm.kernels.launching import Launcher, cdiv, launcher, next_power_of_2
+from seqssm.kernels.selective_scan import triton_single
 from seqssm.kernels.selective_scan.op import CHUNK
 from seqssm.kernels.selective_scan.triton_backward import gradient_kernel, history_kernel, unpack_kernel
 from seqssm.kernels.selective_scan.triton_forward import pack_kernel, pass_states_kernel, scan_kernel, step_kernel
-from seqssm.kernels.selective_scan.triton_single import LANES, pair_kernel, single_scan_kernel
 from seqssm.kernels.triton_tiles import reverse_mask, strides, sum_and_store_assembly, use_device, wide_offsets
 
 _LOG2E = 1.4426950408889634
@@ -31,18 +31,11 @@ _ENOUGH_PROGRAMS = 4096
 _HISTORY_BYTES = 256 << 20
 # The same for a part of a sequence, where a second slab means that the history is made twice.
 _PART_HISTORY_BYTES = 2 << 30
-# Registers a thread may have in each kernel, which set how many warps a multiprocessor holds; None leaves it open, as
-# resets do in the backward pass, which would spill.
-_SUMMARY_REGISTERS: int | None = 96
-_SCAN_REGISTERS: int | None = 128
-_HISTORY_REGISTERS: int | None = None
-_GRADIENT_REGISTERS: int | None = None
+# Registers a thread may have in the forward kernel, which set how many warps a multiprocessor holds. Those of the
+# backward pass are left open.
+_SUMMARY_REGISTERS, _SCAN_REGISTERS = 96, 128
 # Segments through which a program passes states, where there are more than twice as many; and how many it reads ahead.
 _SPAN, _PASS_UNROLL, _PASS_BLOCK = (8, 4, 32) if _INTERPRET else (32, 8, 32)
-# Where no states are kept for a backward pass and programs of _SINGLE_BLOCK channels alone fill the GPU, one kernel
-# scans whole sequences, _SINGLE_TILES times LANES tokens at a time: for so many states, which stay in registers.
-_SINGLE_BLOCK, _SINGLE_TILES, _SINGLE_STATES, _SINGLE_PROGRAMS = 8, 4, (16,), 1024
-_SINGLE_REGISTERS: int | None = 128
 # States that a kernel takes together, where their number is a multiple of it.
 _SUMMARY_UNROLL, _SCAN_UNROLL, _HISTORY_UNROLL = 2, 2, 2
 # The cache into which a tile's memory is brought while the tile before it is computed: 1 or 2, or 0 for none.
@@ -82,9 +75,8 @@ def forward(
     y = torch.empty_like(u, memory_format=torch.contiguous_format)
     final_state = _float32(b, d, n, like=u)
     states = _float32(b, cdiv(l, CHUNK), d, n, like=u) if save_states else _float32(0, like=u)
-    single_programs = b * g * cdiv(d // g, _SINGLE_BLOCK)
-    if not save_states and join is None and n in _SINGLE_STATES and single_programs >= _SINGLE_PROGRAMS:
-        _scan_whole(
+    if not save_states and join is None and triton_single.fits(u, B):
+        triton_single.forward(
             u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, seq_idx, reverse, y, final_state
         )
         return y, final_state, states
@@ -134,50 +126,6 @@ def forward(
             _pass_states(launch, carry, total_steps, A2, initial_state, None, saved, segments, CHUNK // segment)
         scan(segments, False)
     return y, final_state, states
-
-
-def _scan_whole(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    initial_state: Tensor | None,
-    seq_idx: Tensor | None,
-    reverse: tuple[bool, ...],
-    y: Tensor,
-    final_state: Tensor,
-) -> None:
-    """``forward`` in one kernel, with a program for _SINGLE_BLOCK channels of one sequence."""
-    b, l, d = u.shape
-    n, g = A.shape[1], B.shape[2]
-    share = next_power_of_2(cdiv(n, LANES.value))
-    tokens = _SINGLE_TILES * LANES.value
-    whole = l % tokens == 0 and d // g % _SINGLE_BLOCK == 0 and n == share * LANES.value
-    mask = reverse_mask(reverse)
-    A = A.contiguous()
-    initial_state = _contiguous32(initial_state)
-    tensors = (u, delta, z, A, B, C, D, delta_bias, initial_state, seq_idx)
-    launch = launcher("scan", "whole", delta_softplus, reverse, tensors=tensors)
-    with use_device(u), launch.together():
-        # Half the bytes where nothing is rounded by it.
-        narrow = B.dtype == C.dtype == torch.bfloat16
-        pairs = B.new_empty((b, g, l, n), dtype=torch.int32 if narrow else torch.int64)
-        launch(
-            pair_kernel, b * g * cdiv(l, _PACK_TOKENS),
-            B, C, pairs, *B.stride(), *C.stride(), l, g, n, mask, BLOCK_T=_PACK_TOKENS, BLOCK_N=_state_block(n),
-        )  # fmt: skip
-        launch(
-            single_scan_kernel, b * g * cdiv(d // g, _SINGLE_BLOCK),
-            u, delta, z, y, pairs, A, D, delta_bias, initial_state, final_state, seq_idx,
-            *u.stride(), *delta.stride(), *strides(z, 3), *strides(seq_idx, 2), l, d, d // g, g, n, mask,
-            SOFTPLUS=delta_softplus, WHOLE=whole, WIDE=wide_offsets(l, u, delta, z),
-            TILES=_SINGLE_TILES, BLOCK=_SINGLE_BLOCK, SHARE=share, num_warps=1, maxnreg=_SINGLE_REGISTERS,
-        )  # fmt: skip
 
 
 def backward(
@@ -246,7 +194,7 @@ def backward(
             SOFTPLUS=delta_softplus, WHOLE=whole, WIDE=wide, CHUNK=CHUNK,
             TILE=tile, BLOCK=block, UNROLL=_HISTORY_UNROLL if n % _HISTORY_UNROLL == 0 else 1,
             PREFETCH=_PREFETCH,
-            num_warps=1, maxnreg=_HISTORY_REGISTERS if seq_idx is None else None,
+            num_warps=1,
         )  # fmt: skip
         return packed, tiles
 
@@ -273,7 +221,7 @@ def backward(
                 l, d, d // g, g, n, first, count, int(first + count < chunks), mask,
                 SOFTPLUS=delta_softplus, WHOLE=whole, WIDE=wide, CHUNK=CHUNK,
                 TILE=tile, BLOCK=block, UNROLL=1, PREFETCH=_PREFETCH, **_warp_sums(tile, block),
-                num_warps=1, maxnreg=_GRADIENT_REGISTERS if seq_idx is None else None,
+                num_warps=1,
             )  # fmt: skip
             block_t, block_n = _UNPACK_TOKENS, _state_block(n)
             launch(

@@ -1,24 +1,89 @@
 # mypy: ignore-errors
-# (these functions are Triton's language, which Python's types do not describe)
-"""Triton kernel of the forward selective scan for so many sequences and channels that the length need not be cut."""
+# (the kernels are Triton's language, which Python's types do not describe)
+"""The forward selective scan on the GPU for so many sequences and channels that the length need not be cut."""
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from seqssm.kernels.launching import cdiv, launcher, next_power_of_2
 from seqssm.kernels.triton_tiles import (
     LOG2E,
     load_channels,
     load_keeps,
     load_tile,
     locate,
+    reverse_mask,
     rows,
     sigmoid,
     step_sizes,
     store_tile,
+    strides,
+    use_device,
+    wide_offsets,
 )
 
 # Lanes that share the states of a channel, which are as many tokens as are prepared side by side.
 LANES = tl.constexpr(4)
+# Channels of a program; tokens that it reads ahead, in units of LANES; tokens of a program that packs B and C.
+_BLOCK, _TILES, _PAIR_TOKENS = 8, 4, 128
+# The programs that fill a GPU, and the numbers of states with which this is the fastest way: they stay in registers.
+_ENOUGH_PROGRAMS, _STATES = 1024, (16,)
+# A limit keeps what is read ahead in registers: without one the compiler puts the loads off until they are needed.
+_REGISTERS = 128
+
+
+def fits(u: Tensor, B: Tensor) -> bool:
+    """Whether to scan sequences u (b, l, d) as whole ones, with B (b, l, g, n)."""
+    b, _, d = u.shape
+    g, n = B.shape[2:]
+    return n in _STATES and b * g * cdiv(d // g, _BLOCK) >= _ENOUGH_PROGRAMS
+
+
+def forward(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    initial_state: Tensor | None,
+    seq_idx: Tensor | None,
+    reverse: tuple[bool, ...],
+    y: Tensor,
+    final_state: Tensor,
+) -> None:
+    """Write y (b, l, d), contiguous, and the final state (b, d, n) float32; the other arguments are those of
+    ``selective_scan``, with D and delta_bias contiguous. A program scans _BLOCK channels of one sequence."""
+    b, l, d = u.shape
+    n, g = A.shape[1], B.shape[2]
+    share = next_power_of_2(cdiv(n, LANES.value))
+    tokens = _TILES * LANES.value
+    whole = l % tokens == 0 and d // g % _BLOCK == 0 and n == share * LANES.value
+    mask = reverse_mask(reverse)
+    A = A.contiguous()
+    initial_state = None if initial_state is None else initial_state.float().contiguous()
+    tensors = (u, delta, z, A, B, C, D, delta_bias, initial_state, seq_idx)
+    launch = launcher("scan", "whole", delta_softplus, reverse, tensors=tensors)
+    with use_device(u), launch.together():
+        # Half the bytes where nothing is rounded by it.
+        narrow = B.dtype == C.dtype == torch.bfloat16
+        pairs = B.new_empty((b, g, l, n), dtype=torch.int32 if narrow else torch.int64)
+        launch(
+            pair_kernel, b * g * cdiv(l, _PAIR_TOKENS),
+            B, C, pairs, *B.stride(), *C.stride(), l, g, n, mask, BLOCK_T=_PAIR_TOKENS, BLOCK_N=next_power_of_2(n),
+        )  # fmt: skip
+        launch(
+            single_scan_kernel, b * g * cdiv(d // g, _BLOCK),
+            u, delta, z, y, pairs, A, D, delta_bias, initial_state, final_state, seq_idx,
+            *u.stride(), *delta.stride(), *strides(z, 3), *strides(seq_idx, 2), l, d, d // g, g, n, mask,
+            SOFTPLUS=delta_softplus, WHOLE=whole, WIDE=wide_offsets(l, u, delta, z),
+            TILES=_TILES, BLOCK=_BLOCK, SHARE=share, num_warps=1, maxnreg=_REGISTERS,
+        )  # fmt: skip
 
 
 @triton.jit

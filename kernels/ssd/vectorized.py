@@ -10,9 +10,6 @@ with c chunks of q tokens, g groups of r heads. Chunk matrices are transposed: r
 the token that is written.
 """
 
-import math
-import threading
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -20,16 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from seqssm.kernels.dispatch import exact_matmul, state_dtype
-
-# Tokens of a chunk, by device. On the CPU 64 was near the best for p = 64 and every n from 16 to 128; on a GPU longer
-# chunks mean fewer launches.
-_CHUNK = {"cpu": 64, "cuda": 256}
-
-# Elements of one slab's decay matrices (tokens * heads * chunk), by device: the largest temporary.
-_SLAB_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
-
-# Chunks are whole numbers of blocks of so many tokens.
-_BLOCK = 16
+from seqssm.kernels.ssd.slabs import BLOCK, Part, grid, memory, parts
 
 
 def forward(
@@ -56,7 +44,7 @@ def forward(
     y = x.new_empty(x.shape)
     with exact_matmul(x.device):
         step = _step_size(dt, dt_bias, dt_softplus, final_state.dtype)
-        for part in _parts(x, B, chunk, reverse):
+        for part in parts(x, B, chunk, reverse):
             scan = _Scan(part, x, step, A, B, C, D, z, seq_idx)
             S = scan.pack_state(initial_state)
             for k in scan.slabs():
@@ -64,7 +52,7 @@ def forward(
                     states[k, part.rows, part.groups] = S
                 S = scan.forward(k, S, y)
             scan.unpack_state(S, final_state)
-    _memory.trim()
+    memory.trim()
     return y, final_state, states
 
 
@@ -101,7 +89,7 @@ def backward(
     dinitial_state = None if initial_state is None else initial_state.new_empty(initial_state.shape, dtype=dtype)
     with exact_matmul(x.device):
         step = _step_size(dt, dt_bias, dt_softplus, dtype)
-        for part in _parts(x, B, chunk, reverse):
+        for part in parts(x, B, chunk, reverse):
             scan = _Scan(part, x, step, A, B, C, D, z, seq_idx)
             dS = scan.pack_state(dfinal_state)
             for k in reversed(scan.slabs()):
@@ -111,7 +99,7 @@ def backward(
         ddt = grads.step
         if dt_softplus:
             ddt *= -torch.expm1(-step)  # softplus'(v) = sigmoid(v) = 1 - exp(-softplus(v))
-    _memory.trim()
+    memory.trim()
     ddt_bias = None if dt_bias is None else ddt.sum((0, 1), dtype=torch.float64)
     return grads.x, ddt, grads.A, grads.B, grads.C, grads.D, grads.z, ddt_bias, dinitial_state
 
@@ -120,20 +108,8 @@ def empty_states(x: Tensor, B: Tensor, chunk: int | None) -> Tensor:
     """Room for the states that enter the slabs, in the layout of this backend: (slabs, b, g, h/g * p, n)."""
     b, l, h, p = x.shape
     g, n = B.shape[2:]
-    slab = _grid(x, chunk)[1]
+    slab = grid(x, chunk)[1]
     return x.new_empty(-(-l // slab), b, g, h // g * p, n, dtype=state_dtype(x.dtype))
-
-
-@dataclass(frozen=True)
-class _Part:
-    """Sequences and groups that are scanned together, in one direction, and the grid of chunks and slabs in tokens."""
-
-    rows: slice
-    groups: slice
-    heads: slice
-    backwards: bool
-    chunk: int
-    slab: int
 
 
 @dataclass
@@ -171,7 +147,7 @@ class _Scan:
 
     def __init__(
         self,
-        part: _Part,
+        part: Part,
         x: Tensor,
         step: Tensor,
         A: Tensor,
@@ -197,8 +173,8 @@ class _Scan:
         self.sees = ones.tril() if part.backwards else ones.triu()
         self.before = self.sees - torch.eye(part.chunk, dtype=self.dtype, device=x.device)
         # To add to log decays: within a block of tokens (j, i), and between whole blocks (J, I).
-        blocks = part.chunk // _BLOCK
-        self.mask = self.sees[:_BLOCK, :_BLOCK].double().log()
+        blocks = part.chunk // BLOCK
+        self.mask = self.sees[:BLOCK, :BLOCK].double().log()
         self.block_mask = self.before[:blocks, :blocks].double().log()
         self.last = 0 if part.backwards else -1  # of the tokens of a chunk, in scan direction
 
@@ -318,11 +294,11 @@ class _Scan:
     def _decay_matrix(self, log: Tensor, resets: Tensor | None) -> Tensor:
         """Decay from token j to token i of a chunk (c, b, h, j, i), zero where i does not see j.
 
-        Only blocks of _BLOCK tokens on the diagonal need an exponential for each entry. Off the diagonal the way from j
-        to i leads over two block borders, and its decay is a product: a matrix of rank q / _BLOCK.
+        Only blocks of BLOCK tokens on the diagonal need an exponential for each entry. Off the diagonal the way from j
+        to i leads over two block borders, and its decay is a product: a matrix of rank q / BLOCK.
         """
         backwards = self.part.backwards
-        log = log.unflatten(-1, (-1, _BLOCK))  # (c, b, h, m, s)
+        log = log.unflatten(-1, (-1, BLOCK))  # (c, b, h, m, s)
         leave = log[..., self.last]  # (c, b, h, m): up to the border where the scan leaves each block
         enter = F.pad(leave[..., 1:], [0, 1]) if backwards else F.pad(leave[..., :-1], [1, 0])
         to_border, from_border = self._exp(leave.unsqueeze(-1) - log), self._exp(log - enter.unsqueeze(-1))
@@ -330,7 +306,7 @@ class _Scan:
         own = log.unsqueeze(-2) - log.unsqueeze(-1)  # (c, b, h, m, j, i)
         own += self.mask
         if resets is not None:
-            resets = resets.unflatten(-1, (-1, _BLOCK)).unsqueeze(2)  # (c, b, 1, m, s)
+            resets = resets.unflatten(-1, (-1, BLOCK)).unsqueeze(2)  # (c, b, 1, m, s)
             left = resets[..., self.last]
             entered = F.pad(left[..., 1:], [0, 1]) if backwards else F.pad(left[..., :-1], [1, 0])
             to_border *= resets == left.unsqueeze(-1)
@@ -340,12 +316,12 @@ class _Scan:
         rows = (to_border.unsqueeze(-1) * between.unsqueeze(-2)).flatten(-3, -2)  # (c, b, h, j, I)
         columns = torch.diag_embed(from_border.transpose(-1, -2)).movedim(-3, -1).flatten(-2)  # (c, b, h, I, i)
         matrix = self._matmul("decay", rows, columns)
-        diagonal = matrix.unflatten(-1, (-1, _BLOCK)).unflatten(-3, (-1, _BLOCK)).diagonal(0, -4, -2).movedim(-1, -3)
+        diagonal = matrix.unflatten(-1, (-1, BLOCK)).unflatten(-3, (-1, BLOCK)).diagonal(0, -4, -2).movedim(-1, -3)
         diagonal.copy_(self._exp(own))
         return matrix
 
     def _room(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        return _memory.get(name, shape, self.sees)
+        return memory.get(name, shape, self.sees)
 
     def _exp(self, log: Tensor) -> Tensor:
         return log.to(self.dtype).exp_() if log.dtype != self.dtype else log.exp()
@@ -438,76 +414,6 @@ class _Scan:
     def _ungrouped(self, v: Tensor) -> Tensor:
         """(c, b, g, q, r * p) as (c, b, q, h, p)."""
         return v.transpose(2, 3).unflatten(-1, (self.r, self.p)).flatten(3, 4)
-
-
-class _Memory(threading.local):
-    """Named pieces of memory that a thread uses again for every slab and every call.
-
-    On the CPU fresh pages from the operating system cost as much as the arithmetic on them. A GPU's allocator keeps its
-    memory itself: there the pieces are allocated each time.
-    """
-
-    # What is kept between calls. Slabs are far smaller, but for very long chunks.
-    KEPT_BYTES = 2**27
-
-    def __init__(self) -> None:
-        self.pieces: dict[tuple[str, torch.dtype], tuple[Tensor, Tensor]] = {}  # memory, and the last view of it
-
-    def get(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        """Uninitialised memory, valid until ``name`` is asked for again."""
-        if like.device.type != "cpu":
-            return like.new_empty(shape)
-        memory, view = self.pieces.get((name, like.dtype), (None, None))
-        if view is not None and view.shape == shape:
-            return view
-        size = math.prod(shape)
-        with torch.inference_mode(False):  # memory first asked for in inference mode must serve in training too
-            if memory is None or memory.numel() < size:
-                memory = torch.empty(size, dtype=like.dtype)
-            view = memory[:size].view(shape)
-        self.pieces[name, like.dtype] = memory, view
-        return view
-
-    def trim(self) -> None:
-        """Give back what an unusual call took."""
-        if sum(memory.nbytes for memory, _ in self.pieces.values()) > self.KEPT_BYTES:
-            self.pieces.clear()
-
-
-_memory = _Memory()
-
-
-def _grid(x: Tensor, chunk: int | None) -> tuple[int, int]:
-    """Tokens of a chunk and of a slab, a whole number of chunks."""
-    l, h = x.shape[1:3]
-    chunk = _round_up(min(chunk or _CHUNK.get(x.device.type, _CHUNK["cuda"]), l), _BLOCK)
-    return chunk, chunk * _slab_chunks(x.device.type, h, chunk)
-
-
-def _slab_chunks(device: str, h: int, chunk: int) -> int:
-    """Chunks of a slab."""
-    budget = _SLAB_ELEMENTS.get(device, _SLAB_ELEMENTS["cuda"])
-    return max(1, budget // (h * chunk * chunk))
-
-
-def _round_up(length: int, multiple: int) -> int:
-    return -(-length // multiple) * multiple
-
-
-def _parts(x: Tensor, B: Tensor, chunk: int | None, reverse: tuple[bool, ...]) -> Iterator[_Part]:
-    """Runs of groups of one direction, and within them as many sequences at once as fill a slab."""
-    b, l, h, _ = x.shape
-    g = B.shape[2]
-    q, slab = _grid(x, chunk)
-    rows = max(1, slab // l)
-    first = 0
-    for last in range(1, g + 1):
-        if last < g and reverse[last] == reverse[first]:
-            continue
-        groups, heads = slice(first, last), slice(first * (h // g), last * (h // g))
-        for row in range(0, b, rows):
-            yield _Part(slice(row, min(row + rows, b)), groups, heads, reverse[first], q, slab)
-        first = last
 
 
 def _step_size(dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool, dtype: torch.dtype) -> Tensor:

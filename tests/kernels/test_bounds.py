@@ -113,7 +113,7 @@ def test_memory_begins_at_a_closed_page(case: Case, monkeypatch: pytest.MonkeyPa
 @pytest.mark.usefixtures("small")
 def test_a_whole_scan_begins_at_a_closed_page(monkeypatch: pytest.MonkeyPatch) -> None:
     guard_launches(monkeypatch, "begin")
-    monkeypatch.setattr(importlib.import_module("seqssm.kernels.selective_scan.triton"), "_SINGLE_PROGRAMS", 1)
+    monkeypatch.setattr(importlib.import_module("seqssm.kernels.selective_scan.triton_single"), "_ENOUGH_PROGRAMS", 1)
     inputs = {name: tight(x) for name, x in inputs_in(ScanCase(l=5, d=3, n=16), torch.float16).items()}
     y, final_state = selective_scan(**inputs, delta_softplus=True, reverse=True, backend="triton")
     assert y.isfinite().all()

@@ -10,7 +10,7 @@ from cases import SSD_CASES, SSDCase, assert_accurate, flip_inputs, inputs_in, o
 from torch import Tensor
 
 from seqssm.kernels import ssd, ssd_step
-from seqssm.kernels.ssd import vectorized
+from seqssm.kernels.ssd import slabs, vectorized
 
 TIMED = ("x", "dt", "B", "C", "z")
 
@@ -26,7 +26,7 @@ def _poison() -> Iterator[None]:
 @pytest.fixture
 def many_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Walk the sequence two chunks at a time, as long sequences are."""
-    monkeypatch.setattr(vectorized, "_slab_chunks", lambda *_: 2)
+    monkeypatch.setattr(slabs, "_slab_chunks", lambda *_: 2)
 
 
 @pytest.mark.parametrize("name", SSD_CASES)
@@ -221,7 +221,7 @@ def test_autocast_and_fast_matmul_settings_change_nothing() -> None:
 
 
 def test_memory_first_used_in_inference_mode_serves_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vectorized, "_memory", vectorized._Memory())
+    monkeypatch.setattr(vectorized, "memory", slabs.Memory())
     case = SSDCase(l=70)
     inputs = inputs_in(case, torch.float32)
     with torch.inference_mode():

@@ -73,8 +73,8 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """One kernel for whole sequences of 16 states, however few there are."""
-    module = importlib.import_module("seqssm.kernels.selective_scan.triton")
-    monkeypatch.setattr(module, "_SINGLE_PROGRAMS", 1)
+    module = importlib.import_module("seqssm.kernels.selective_scan.triton_single")
+    monkeypatch.setattr(module, "_ENOUGH_PROGRAMS", 1)
 
 
 def scanned_whole(case: ScanCase, inputs: dict[str, Tensor], **options: Tensor) -> dict[str, Tensor]:
