@@ -14,19 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from seqssm.kernels.compiled import addressable, inlined, kernel, parallel
 from seqssm.kernels.simd import (
     LANES,
     ONE,
     ZERO,
     add_doubles,
-    addressable,
     fmadd,
     get_byte,
-    inlined,
-    kernel,
     load,
     load_some,
-    parallel,
     sigmoid,
     splat,
     store,

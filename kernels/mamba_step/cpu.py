@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from seqssm.kernels.compiled import inlined, kernel, parallel
 from seqssm.kernels.mamba_step.layer import LayerWeights
 from seqssm.kernels.simd import (
     LANES,
@@ -27,10 +28,7 @@ from seqssm.kernels.simd import (
     fmadd,
     get,
     get_byte,
-    inlined,
-    kernel,
     load_some,
-    parallel,
     product_1x1,
     product_1x4,
     product_4x1,

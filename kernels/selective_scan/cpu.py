@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from seqssm.kernels.compiled import addressable, parallel
 from seqssm.kernels.selective_scan.cpu_kernels import SCRATCH, backward_tasks, forward_tasks, step_tasks
 from seqssm.kernels.selective_scan.op import CHUNK
-from seqssm.kernels.simd import LANES, LOG2_E, addressable, parallel
+from seqssm.kernels.simd import LANES, LOG2_E
 
 # Gradients of B and C are sums over channels: at most this many tasks, of fixed extent, share the channels of a group,
 # each with sums of its own, over SEGMENT tokens at a time.

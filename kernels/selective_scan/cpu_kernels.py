@@ -11,6 +11,7 @@ recurrence over them.
 
 import numpy as np
 
+from seqssm.kernels.compiled import inlined, kernel
 from seqssm.kernels.selective_scan.op import CHUNK
 from seqssm.kernels.simd import (
     LANES,
@@ -24,8 +25,6 @@ from seqssm.kernels.simd import (
     fmadd,
     get,
     get_byte,
-    inlined,
-    kernel,
     load,
     load_some,
     put,
