@@ -2,10 +2,11 @@
 # (these functions are Triton's language, which Python's types do not describe)
 """Building blocks of the Triton kernels of the selective scan and the convolution.
 
-A program owns a block of channels, spread over its lanes, and walks over time in tiles of TILE tokens. A quantity per
-token is a Python tuple of TILE vectors over the channels, so every thread holds whole time series of its own channels:
-the recurrence needs no exchange between lanes, and a state, whose number is a plain loop, needs no power of two.
-Time is scan time everywhere; ``_row`` maps it to memory, backwards for the groups that run in reverse.
+A program owns a block of channels, spread over its lanes, and walks over time in tiles of TILE tokens. A tile is one
+tensor (TILE, BLOCK) where it is loaded and computed with; for the recurrence it is split into a tuple of TILE vectors
+over the channels. Every thread holds whole time series of its own channels: nothing moves between lanes, and a state,
+whose number is a plain loop, needs no power of two.
+Time is scan time everywhere; ``rows`` maps it to memory, backwards for the groups that run in reverse.
 """
 
 from collections.abc import Sequence

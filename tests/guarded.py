@@ -11,8 +11,6 @@ from torch import Tensor
 
 Edge = Literal["begin", "end"]
 _PAGE = mmap.PAGESIZE
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 _NO_ACCESS = 0
 _LARGEST = 64 << 20
 
@@ -22,12 +20,14 @@ def guarded_copy(storage: torch.UntypedStorage, edge: Edge) -> Tensor:
 
     The page at the other edge is closed, too, but there may be bytes between it and these.
     """
+    mprotect = ctypes.CDLL(None, use_errno=True).mprotect
+    mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     size = storage.nbytes()
     room = -(-size // _PAGE) * _PAGE
     pages = mmap.mmap(-1, room + 2 * _PAGE)
     first = ctypes.addressof(ctypes.c_char.from_buffer(pages))
     for closed in (first, first + _PAGE + room):
-        if _libc.mprotect(closed, _PAGE, _NO_ACCESS) != 0:
+        if mprotect(closed, _PAGE, _NO_ACCESS) != 0:
             raise OSError(ctypes.get_errno(), "mprotect")
     offset = _PAGE if edge == "begin" else _PAGE + room - size
     result = torch.frombuffer(pages, dtype=torch.uint8, count=size, offset=offset)  # keeps the pages
