@@ -1,5 +1,6 @@
 """Live transcription equals the whole recording's, to the byte for any packets, beside others, in another process."""
 
+import gc
 import json
 import subprocess
 import sys
@@ -128,6 +129,31 @@ def test_a_gpu_runs_the_step_as_one_graph_with_the_same_results(monkeypatch: pyt
 
     monkeypatch.setattr(TableStep, "__call__", eager)
     assert results() == graph
+
+
+@pytest.mark.gpu
+def test_a_table_does_not_need_the_one_before() -> None:
+    """A graph must not count on memory that goes when another graph goes."""
+    task, samples = make_task("sma").cuda(), sound(1.3)
+
+    def heard_by(table: SlotTable) -> list[Result]:
+        session = table.open(RATE, 320)
+        session.accept(samples)
+        session.finish()
+        while table.step():
+            pass
+        results = session.take()
+        table.close(session)
+        return results
+
+    first, second = SlotTable(task, 2, 120), SlotTable(task, 2, 120)
+    expected = heard_by(first)
+    assert expected
+    assert heard_by(second) == expected
+    del first
+    gc.collect()
+    torch.cuda.empty_cache()
+    assert heard_by(second) == expected
 
 
 @pytest.mark.parametrize("method", ["greedy", "beam", "rnnt"])
