@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
+import math
 import os
 import shlex
 import sys
@@ -51,17 +52,41 @@ def main(args: Sequence[str] | None = None) -> int:
     """
     args = list(sys.argv[1:] if args is None else args)
     try:
-        return _dispatch(args)
+        code = _dispatch(args)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # a full disk is told of here, not by the interpreter on its way out
+        return code
     except UserError as error:
-        print(f"seqssm: error: {error}", file=sys.stderr)
-        return 2
+        return _complain(str(error))
     except KeyboardInterrupt:
         print("seqssm: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # The reader of our output (head, less) has gone; leave without a second error at interpreter shutdown.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _let_go_of_stdout()
         return 141
+    except OSError as error:
+        if error.strerror is None:
+            raise  # not the system's: a fault of ours
+        # A place where nobody expected one: still the user's file or disk, not a fault of the program.
+        _let_go_of_stdout()
+        return _complain(
+            f"{'reading or writing failed' if error.filename is None else error.filename}: {error.strerror}"
+        )
+
+
+def _complain(message: str) -> int:
+    print(f"seqssm: error: {message}", file=sys.stderr)
+    return 2
+
+
+def _let_go_of_stdout() -> None:
+    """Send what standard output does not take nowhere, or the interpreter complains of it at its end."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _dispatch(args: list[str]) -> int:
@@ -86,10 +111,24 @@ def _dispatch(args: list[str]) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """One that reports a bad argument as every other bad input is reported."""
+    """One that reports a bad argument as every other bad input is reported, and takes finite numbers alone."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.register("type", float, _finite)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; `{self.prog} --help` lists the arguments")
+
+
+def _finite(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
+    return number
 
 
 def _overview() -> str:

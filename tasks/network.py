@@ -136,10 +136,17 @@ def read_checkpoint(checkpoint: str | Path) -> Loaded:
         return Loaded({**config.get("training", {}), **config}, weights, config.get("data", {}))
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+    except pickle.UnpicklingError as error:
+        # Torch's own message says how to run what the file holds: never to be said of a file from a stranger.
         raise UserError(
-            f"{path}: not a readable checkpoint ({str(error).splitlines()[0]}); is the file whole?"
+            f"{path}: not a readable checkpoint: it is none, or holds more than tensors and plain data, and code is "
+            "not run; give one that `seqssm fit` wrote"
         ) from error
+    except (RuntimeError, EOFError, KeyError, ValueError) as error:
+        why = " ".join(str(error).splitlines()[:1]) or type(error).__name__
+        raise UserError(f"{path}: not a readable checkpoint ({why}); is the file whole?") from error
     if not isinstance(content, dict) or CHECKPOINT_KEY not in content:
         raise UserError(f"{path}: not a checkpoint of a seqssm task; train one with `seqssm fit`")
     description = content[CHECKPOINT_KEY]
@@ -201,7 +208,7 @@ def build_expected(
 ) -> N:
     """An ``expected`` of class ``cls``, in evaluation mode; errors name the checkpoint ``name``."""
     if not issubclass(cls, expected):
-        found = cls.kind if issubclass(cls, Network) else cls.__name__
+        found = cls.kind if issubclass(cls, Network) and cls.kind != Network.kind else cls.__name__
         raise UserError(f"{name} holds {_article(found)}; this command needs {_article(expected.kind)}")
     return hub.fill(cls, init_args, weights, name)
 

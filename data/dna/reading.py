@@ -21,6 +21,7 @@ SPACE = b" \t\r\n\v\f"
 FASTA_SUFFIXES = (".fa", ".fasta", ".fna", ".ffn", ".fas", ".fsa")
 TABLE_SUFFIXES = (".csv", ".tsv")
 TEXT_SUFFIXES = (".txt", ".seq")
+OTHER_COMPRESSION = {b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip"}
 BIOPYTHON_FORMATS = {".gb": "genbank", ".gbk": "genbank", ".gbff": "genbank", ".embl": "embl", ".2bit": "twobit"}
 
 
@@ -34,17 +35,17 @@ def suffix_of(path: Path) -> str:
 
 @contextmanager
 def open_bytes(path: Path, on_read: Callable[[int], None] | None = None) -> Iterator[BinaryIO]:
-    """Open a file, plain, gzip or bgzip by its first bytes; `on_read` is told of each block's bytes on disk.
+    """Open a file or a pipe, plain, gzip or bgzip by its first bytes; `on_read` is told of each block's bytes on disk.
 
     Raises UserError, also while the caller reads, when the file is missing, empty, truncated or corrupt.
     """
     try:
         with open(path, "rb") as raw:
-            magic = raw.read(2)
-            raw.seek(0)
+            magic = raw.peek(2)[:2]  # a pipe cannot be read from its beginning again
             if not magic:
                 raise UserError(f"{path} is empty: give a file with sequences")
-            if _is_truncated_bgzip(raw):
+            _refuse_other_compression(path, raw.peek(6))
+            if raw.seekable() and _is_truncated_bgzip(raw):
                 raise UserError(f"{path} is a truncated bgzip file: fetch or compress it again")
             stream: BinaryIO = io.BufferedReader(_Counted(raw, on_read), 1 << 20) if on_read else raw
             yield gzip.GzipFile(fileobj=stream) if magic == b"\x1f\x8b" else stream  # type: ignore[misc]
@@ -58,6 +59,14 @@ def open_bytes(path: Path, on_read: Callable[[int], None] | None = None) -> Iter
         raise UserError(f"{path} is a folder where a file is needed") from error
     except PermissionError as error:
         raise UserError(f"{path} cannot be read: no permission") from error
+    except OSError as error:  # a socket, links in a circle, a disk that fails
+        raise UserError(f"{path} cannot be read: {error.strerror or error}; give a file") from error
+
+
+def _refuse_other_compression(path: Path, head: bytes) -> None:
+    for magic, name in OTHER_COMPRESSION.items():
+        if head.startswith(magic):
+            raise UserError(f"{path} is compressed by {name}: decompress it, or compress it with gzip or bgzip")
 
 
 def _is_truncated_bgzip(raw: BinaryIO) -> bool:
@@ -174,6 +183,10 @@ def _fasta_pieces(path: Path, on_read: Callable[[int], None] | None) -> Iterator
 
 def _record_name(header: bytes, path: Path) -> str:
     words = header.split(maxsplit=1)
+    if b"\r" in header.rstrip(b"\r"):
+        raise UserError(
+            f"{path} has the line ends of old Macs (\\r alone): convert it with `mac2unix`, or tr '\\r' '\\n'"
+        )
     if not words:
         raise UserError(f"{path}: a header line '>' has no name: name every record")
     return words[0].decode("utf-8", "replace")

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from seqssm.commands.arguments import add_accelerator_argument, positive
 from seqssm.errors import UserError
 
 
@@ -17,11 +18,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--window-bp",
-        type=int,
+        type=positive,
         help="calibrate for windows of so many bases, of which longer ones hold more evidence; default: as trained",
     )
-    parser.add_argument("--batch-size", type=int, help="windows a forward pass; default: as trained")
-    parser.add_argument("--device", default="auto", help="a Lightning accelerator: auto, cpu or cuda")
+    parser.add_argument("--batch-size", type=positive, help="windows a forward pass; default: as trained")
+    add_accelerator_argument(parser)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import fcntl
 import os
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import seqssm
+from seqssm.commands.arguments import positive
 from seqssm.data.dna.indexing import Sequences, checksum, open_sequences
 from seqssm.errors import UserError
 from seqssm.files import atomic_write
@@ -20,6 +24,7 @@ from seqssm.tasks.track_files import BedGraphs, EmbeddingFile, ProbabilityTable,
 from seqssm.tasks.tracks import STATE, TrackPlan, Tracks
 
 DEFAULT_BIN_BP = 128
+LOCK = "lock"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,10 +49,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="write the backbone's mean output for each row to FILE.npy or FILE.zarr, and where each record's rows "
         "are to FILE.npy.tsv",
     )
-    group.add_argument("--embeddings-dtype", choices=("float16", "float32"), default="float32", help="(float32)")
+    group.add_argument("--embeddings-dtype", choices=("float16", "float32"), help="of them (default: float32)")
     group.add_argument(
         "--bin-bp",
-        type=int,
+        type=positive,
         help=f"bases a row (default: {DEFAULT_BIN_BP}, or the next multiple of the model's patch); the model's pooling "
         "then covers --window-bp around it",
     )
@@ -55,19 +60,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--one-strand", action="store_true", help="do not average with the other strand, which takes as long again"
     )
     group.add_argument(
-        "--chunk", type=int, default=1 << 16, help="positions at once: memory grows with it (default: %(default)s)"
+        "--chunk", type=positive, default=1 << 16, help="positions at once: memory grows with it (default: %(default)s)"
     )
 
 
 def run(args: argparse.Namespace, loaded: Loaded) -> None:
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
     if args.picture is not None and args.picture.suffix.lower() != ".png":
         raise UserError(f"--picture {args.picture}: the name must end in .png")
     task = _build(args, loaded).to(args.device)
     sequences = open_sequences(args.fasta)
-    target: Path = args.tracks or args.embeddings
+    target: Path = args.embeddings if args.tracks is None else args.tracks
+    if not target.name:
+        raise UserError(
+            f"--tracks {target}: give what the names of the files are to begin with, such as {target}/tracks"
+        )
     folder = target.with_name(target.name + ".partial")
     settings = {
         "version": seqssm.__version__,
@@ -75,15 +81,50 @@ def run(args: argparse.Namespace, loaded: Loaded) -> None:
         "checkpoint": fingerprint(task),
         "device": args.device,
         "outputs": [str(path) for path in (args.tracks, args.embeddings) if path is not None],
-        "embeddings_dtype": args.embeddings_dtype,
+        "embeddings_dtype": args.embeddings_dtype or "float32",
     }
-    made = not (folder / STATE).exists()
+    with _claimed(folder):
+        _run(args, loaded, task, sequences, folder, settings)
+    if args.picture is not None:
+        _draw(args, sequences)
+
+
+@contextmanager
+def _claimed(folder: Path) -> Iterator[None]:
+    """A folder for what is unfinished, this process's alone while the block lasts; gone where it is complete.
+
+    Raises:
+        UserError: another process works in it, it was there before and is not of such a run, or it cannot be made.
+    """
+    lock = folder / LOCK
     try:
-        if made and folder.exists():
-            shutil.rmtree(folder)  # nothing in it could be gone on with
+        if folder.is_dir() and any(folder.iterdir()) and not (lock.exists() or (folder / STATE).exists()):
+            raise UserError(f"{folder} is in the way, and not of an interrupted run: move it, or choose another name")
         folder.mkdir(parents=True, exist_ok=True)
+        file = open(lock, "ab")  # noqa: SIM115 - closed below, and with the process, which gives it up
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror}; choose another place") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"another process is at work in {folder}: wait for it, or choose another name") from error
+        yield
+
+
+def _run(
+    args: argparse.Namespace, loaded: Loaded, task: Any, sequences: Sequences, folder: Path, settings: dict[str, Any]
+) -> None:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    made = not (folder / STATE).exists()
+    if made:  # nothing that is in it could be gone on with
+        for one in folder.iterdir():
+            if one.is_dir():
+                shutil.rmtree(one)
+            elif one.name != LOCK:
+                one.unlink()
     try:
         tracks = Tracks(task, sequences, _plan(args, loaded, task), folder, settings, args.device.startswith("cuda"))
         if made:
@@ -106,8 +147,6 @@ def run(args: argparse.Namespace, loaded: Loaded) -> None:
             raise
     _finish(args, files, folder)
     shutil.rmtree(folder)
-    if args.picture is not None:
-        _draw(args, sequences)
 
 
 def _draw(args: argparse.Namespace, sequences: Sequences) -> None:
@@ -160,8 +199,8 @@ def _files(args: argparse.Namespace, task: Any, tracks: Tracks, folder: Path) ->
         files += [kind(folder, task.labels) for kind in (ProbabilityTable, BedGraphs, Stretches)]
     if args.embeddings is not None:
         d = task.backbone.config.d_model
-        sequences, bin_bp = tracks.sequences, tracks.plan.bin_bp
-        files.append(EmbeddingFile(args.embeddings, folder, sequences, tracks.bins, bin_bp, d, args.embeddings_dtype))
+        sequences, bin_bp, dtype = tracks.sequences, tracks.plan.bin_bp, args.embeddings_dtype or "float32"
+        files.append(EmbeddingFile(args.embeddings, folder, sequences, tracks.bins, bin_bp, d, dtype))
     return files
 
 

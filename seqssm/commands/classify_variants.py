@@ -62,6 +62,9 @@ def run(args: argparse.Namespace, loaded: Loaded) -> None:
     _write_table(args.output, variants, scores, sequences.names, task.labels)
     if args.vcf_out is not None:
         _write_vcf(args.vcf, args.vcf_out, variants, scores, task.labels, Path(args.checkpoint).name)
+    written = ", ".join(str(path) for path in (args.output, args.vcf_out) if path is not None)
+    if written:
+        print(f"wrote {written}: {sum(len(one.usable) for one in variants):,} alleles", file=sys.stderr)
     for reason, count in sorted(left_out.items()):
         print(f"left out: {count:,} alleles {reason}", file=sys.stderr)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from seqssm.cli import config_section
+from seqssm.commands.arguments import add_accelerator_argument, positive
 from seqssm.commands.transcribe import add_decoding_arguments, add_stream_arguments
 from seqssm.errors import UserError
 from seqssm.tasks.asr_network import ASRNetwork
@@ -33,8 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="all",
         help="which to fit beside it, between commas: all, none, or their names, such as 'majority,k-mers'",
     )
-    parser.add_argument("--batch-size", type=int, help="windows or clips a forward pass; default: as trained")
-    parser.add_argument("--device", default="auto", help="a Lightning accelerator: auto, cpu or cuda")
+    parser.add_argument("--batch-size", type=positive, help="windows or clips a forward pass; default: as trained")
+    add_accelerator_argument(parser)
     parser.add_argument("--seed", type=int, default=0, help="of the baselines and the bootstrap (default: 0)")
     _add_tagger_arguments(parser)
     _add_recogniser_arguments(parser)
@@ -43,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_tagger_arguments(parser: argparse.ArgumentParser) -> None:
     """Those that a tagger takes beside the ones of every task."""
     group = parser.add_argument_group("audio taggers")
-    group.add_argument("--epochs", type=int, help="of the CNN baseline; default: as many as the model's")
+    group.add_argument("--epochs", type=positive, help="of the CNN baseline; default: as many as the model's")
     probes = parser.add_argument_group("audio taggers, in place of the evaluation")
     probes.add_argument(
         "--lengths",
@@ -52,7 +53,9 @@ def _add_tagger_arguments(parser: argparse.ArgumentParser) -> None:
     )
     probes.add_argument("--needle", metavar="CLASS", help="hide a clip of this class in an hour of others, and find it")
     probes.add_argument("--needle-s", type=float, default=3600.0, help="seconds of the whole (default: 3600)")
-    probes.add_argument("--needle-count", type=int, default=1, help="clips to hide, one after another (default: 1)")
+    probes.add_argument(
+        "--needle-count", type=positive, default=1, help="clips to hide, one after another (default: 1)"
+    )
     probes.add_argument("--background", help="classes of the others, between commas; default: all others")
 
 
@@ -71,7 +74,9 @@ def _add_recogniser_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--gap-s", default="0.5,2", help="least and greatest gap between its utterances (default: 0.5,2)"
     )
-    group.add_argument("--sessions", type=int, help="also serve so many live clients at once, and report their latency")
+    group.add_argument(
+        "--sessions", type=positive, help="also serve so many live clients at once, and report their latency"
+    )
     group.add_argument("--sessions-s", type=float, default=30.0, help="that each of them speaks (default: 30)")
 
 

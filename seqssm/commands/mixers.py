@@ -7,6 +7,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+from seqssm.commands import arguments
 from seqssm.errors import UserError
 
 
@@ -17,11 +18,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--models", default=None, help="between commas; default: all")
     parser.add_argument("--tokens", default="2^24", help="bases that each model trains on")
     parser.add_argument("--step-tokens", default="2^17", help="bases of a training step")
-    parser.add_argument("--layers", type=int, default=8, help="layers of each model")
-    parser.add_argument("--width", type=int, default=128, help="width of each model")
+    parser.add_argument("--layers", type=arguments.positive, default=8, help="layers of each model")
+    parser.add_argument("--width", type=arguments.positive, default=128, help="width of each model")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate of each model")
     parser.add_argument("--seed", type=int, default=0, help="of weights and windows")
-    parser.add_argument("--device", help="such as cuda or cpu; default: a GPU where there is one")
+    parser.add_argument(
+        "--device", type=arguments.device, help="such as cuda or cpu; default: a GPU where there is one"
+    )
     parser.add_argument("--json", type=Path, help="file for the figures, written after each model")
 
 

@@ -17,8 +17,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
+from seqssm.commands.arguments import add_device_argument, chunk_ms, positive
 from seqssm.commands.transcribe import add_decoding_arguments, add_stream_arguments, decoding_config, set_threads
 from seqssm.errors import UserError
 from seqssm.tasks.asr_network import ASRNetwork
@@ -35,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--checkpoint", help="of a recogniser: a shipped name, a folder in hub format, or a Lightning .ckpt"
     )
     parser.add_argument("--tag-checkpoint", help="of a causal tagger, for live tags beside the text")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    add_device_argument(parser)
     net = parser.add_argument_group("network")
     net.add_argument("--host", default="127.0.0.1", help="address to listen at (default: %(default)s, this machine)")
     net.add_argument("--port", type=int, default=8000, help="default: %(default)s; 0 takes a free one")
@@ -59,14 +58,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="beyond that, sound is read so many times as fast as it is spoken; 0: as fast as it can be (default: 4)",
     )
     add_stream_arguments(parser)
-    parser.add_argument("--tag-chunk-ms", type=float, default=480.0, help="heard at once by the tagger (default: 480)")
+    parser.add_argument(
+        "--tag-chunk-ms", type=chunk_ms, default=480.0, help="heard at once by the tagger (default: 480)"
+    )
     add_decoding_arguments(parser)
     segments = parser.add_argument_group("segments end")
     segments.add_argument("--silence-s", type=float, default=2.4, help="after so much silence (default: 2.4)")
     segments.add_argument("--after-text-s", type=float, default=1.2, help="so long after some text (default: 1.2)")
     segments.add_argument("--longest-s", type=float, default=20.0, help="when so long, between words (default: 20)")
     load = parser.add_argument_group("load test")
-    load.add_argument("--load-test", type=int, metavar="N", help="have N live clients speak, print how long they wait")
+    load.add_argument(
+        "--load-test", type=positive, metavar="N", help="have N live clients speak, print how long they wait"
+    )
     load.add_argument("--load-s", type=float, default=30.0, help="that they speak (default: 30)")
     load.add_argument("--load-sound", type=Path, help="a recording or a folder of some to say; default: noise")
     load.add_argument("--packet-ms", type=float, default=100.0, help="of their packets (default: 100)")
@@ -119,7 +122,7 @@ def need_extra() -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
-    for name in ("chunk_ms", "tag_chunk_ms", "packet_ms", "load_s"):
+    for name in ("packet_ms", "load_s"):
         if getattr(args, name) <= 0:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name):g}: it must be positive")
     if not 0 <= args.port < 65536:

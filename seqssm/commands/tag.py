@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from seqssm import hub
+from seqssm.commands.arguments import add_device_argument, chunk_ms, positive, threads
 from seqssm.commands.interrupts import until_interrupted
 from seqssm.data.audio.live import ENCODINGS, LiveAudio
 from seqssm.data.audio.reading import blocks, cut_off, open_audio
@@ -40,11 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "files", nargs="+", help="WAV, FLAC, MP3, OGG or Opus; with --live one WAV file that grows, or -"
     )
     add_checkpoint_argument(parser)
-    parser.add_argument("--top-k", type=int, default=5, help="tags a file (default: 5)")
+    parser.add_argument("--top-k", type=positive, default=5, help="tags a file (default: 5)")
     parser.add_argument("--output", "-o", type=Path, help="TSV file for the tags; default: standard output")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    add_device_argument(parser)
     parser.add_argument(
-        "--threads", type=int, help="of the CPU; default: one with --live, whose chunks are small, else all"
+        "--threads", type=threads, help="of the CPU; default: one with --live, whose chunks are small, else all"
     )
     parser.add_argument("--skip-bad", action="store_true", help="go on past files that cannot be read, and count them")
     parser.add_argument("--window-s", type=float, default=30.0, help="of a model that reads both ways (default: 30)")
@@ -68,19 +69,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     live.add_argument("--channels", type=int, default=1, help="of raw PCM (default: 1)")
     live.add_argument("--encoding", choices=list(ENCODINGS), default="s16le", help="of raw PCM (default: s16le)")
     live.add_argument(
-        "--chunk-ms", type=float, default=480.0, help="heard at once, the delay of answers (default: 480)"
+        "--chunk-ms", type=chunk_ms, default=480.0, help="heard at once, the delay of answers (default: 480)"
     )
     live.add_argument("--idle-s", type=float, default=5.0, help="a file that has not grown for so long has ended")
     live.add_argument("--jsonl", action="store_true", help="print JSON lines, not text")
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.top_k < 1:
-        raise UserError(f"--top-k is {args.top_k}: ask for one tag at least")
     if args.events or args.report:
         _check_names(args.files, args.folder)
-    if args.threads is not None and args.threads < 1:
-        raise UserError(f"--threads is {args.threads}: one at least")
     if args.threads or args.live:
         torch.set_num_threads(args.threads or 1)
     args.checkpoint = args.checkpoint or (_causal_default() if args.live else None)

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from seqssm import hub
+from seqssm.commands.arguments import add_device_argument, chunk_ms, positive, threads
 from seqssm.commands.interrupts import until_interrupted
 from seqssm.data.audio.live import ENCODINGS, LiveAudio
 from seqssm.data.audio.reading import blocks, open_audio
@@ -44,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--folder", type=Path, help="write a file for each recording here, NAME.txt, .jsonl, .srt, .vtt"
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    add_device_argument(parser)
     parser.add_argument("--skip-bad", action="store_true", help="go on past files that cannot be read, and count them")
     add_stream_arguments(parser)
     add_decoding_arguments(parser)
@@ -67,9 +68,9 @@ def add_stream_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--lookahead-ms", type=int, help="wait so long before each word; default: as the checkpoint was validated"
     )
-    group.add_argument("--chunk-ms", type=float, default=160.0, help="heard at once (default: 160)")
+    group.add_argument("--chunk-ms", type=chunk_ms, default=160.0, help="heard at once (default: 160)")
     group.add_argument(
-        "--threads", type=int, default=1, help="on a CPU; a stream's steps are too small for more (default: 1)"
+        "--threads", type=threads, default=1, help="on a CPU; a stream's steps are too small for more (default: 1)"
     )
 
 
@@ -77,7 +78,7 @@ def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
     """How text is found: the same for all commands that do."""
     group = parser.add_argument_group("decoding")
     group.add_argument("--decode", choices=METHODS, default="greedy", help="default: %(default)s")
-    group.add_argument("--beam-size", type=int, default=16, help="hypotheses of a beam (default: 16)")
+    group.add_argument("--beam-size", type=positive, default=16, help="hypotheses of a beam (default: 16)")
     group.add_argument("--hotwords", type=Path, help="a file with a word or phrase a line that a beam is to prefer")
     group.add_argument("--hotword-boost", type=float, default=1.0, help="nats a character of them (default: 1)")
     group.add_argument(
@@ -119,8 +120,6 @@ def decoding_config(args: argparse.Namespace) -> DecodingConfig:
 
 def set_threads(args: argparse.Namespace) -> None:
     """Use as many threads as were asked for. Waiting for one another costs small steps more than they gain."""
-    if args.threads < 1:
-        raise UserError(f"--threads is {args.threads}: it must be positive")
     torch.set_num_threads(args.threads)
 
 
@@ -168,8 +167,6 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError("--output is one file, --folder has one for each recording: give one of them")
     if args.partials and args.files != ["-"]:
         raise UserError("--partials are for a live stream: give - in place of files")
-    if args.chunk_ms <= 0:
-        raise UserError(f"--chunk-ms is {args.chunk_ms:g}: it must be positive")
     if args.folder is None and len(args.files) > 1 and args.format in ("srt", "vtt"):
         raise UserError(f"subtitles of {len(args.files)} recordings need --folder, a file for each")
     if args.folder is not None:

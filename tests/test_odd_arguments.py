@@ -1,0 +1,166 @@
+"""What people type by mistake: one line, exit code 2, nothing lost; and what happens where nobody listens any more."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from seqssm.cli import main
+
+SEQUENCE = "ACGTTGCAAC" * 20
+WINDOWS = ["--checkpoint", "dna-promoter-notata", "--device", "cpu"]
+
+
+@pytest.fixture
+def fasta(tmp_path: Path) -> Path:
+    path = tmp_path / "genome.fa"
+    path.write_text(f">one\n{SEQUENCE}\n>two\n{SEQUENCE[::-1]}\n")
+    return path
+
+
+def complaint(capsys: pytest.CaptureFixture) -> str:
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert [line for line in lines if line.startswith("seqssm: error: ")] == lines[-1:]
+    return lines[-1]
+
+
+BAD = {
+    "no such device": (["--device", "gpu"], "argument --device: 'gpu' cannot be used here"),
+    "empty device": (["--device", ""], "argument --device: '' cannot be used here"),
+    "device that computes nothing": (["--device", "meta"], "'meta' cannot be used here (it computes nothing)"),
+    "no windows a pass": (["--batch-size", "0"], "argument --batch-size: '0' is not a whole number from 1 on"),
+    "fewer": (["--batch-size", "-1"], "argument --batch-size: '-1' is not a whole number"),
+    "VCF without variants": (["--vcf-out", "x.vcf"], "--vcf-out is for --vcf, and would have no effect here"),
+    "rows without tracks": (["--bin-bp", "64"], "--bin-bp is for --tracks and --embeddings"),
+    "one strand of windows": (["--one-strand"], "--one-strand is for --tracks, --embeddings and --vcf"),
+    "no row": (["--tracks", "t", "--bin-bp", "0"], "argument --bin-bp: '0' is not a whole number"),
+    "no chunk": (["--tracks", "t", "--chunk", "0"], "argument --chunk: '0' is not a whole number"),
+    "no prefix": (
+        ["--tracks", "", "--checkpoint", "dna-zymoseptoria"],
+        "give what the names of the files are to begin",
+    ),
+    "stride of tracks": (["--tracks", "t", "--stride-bp", "5"], "--stride-bp is for windows"),
+}
+
+
+@pytest.mark.parametrize(("args", "message"), BAD.values(), ids=BAD)
+def test_classify_refuses(
+    fasta: Path, args: list[str], message: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(fasta.parent)
+    assert main(["classify", str(fasta), *WINDOWS, *args]) == 2
+    assert message in complaint(capsys)
+    assert os.listdir(fasta.parent) == ["genome.fa"]
+
+
+@pytest.mark.parametrize(
+    ("command", "args"),
+    [
+        ("tag", ["--smooth-s", "nan"]),
+        ("tag", ["--threshold", "inf"]),
+        ("tag", ["--chunk-ms", "1e12"]),
+        ("tag", ["--threads", "100000"]),  # of which the system refuses some, and then the program crashed
+        ("transcribe", ["--chunk-ms", "inf"]),
+        ("transcribe", ["--longest-s", "nan"]),
+        ("transcribe", ["--threads", "100000"]),
+        ("evaluate", ["--device", "nowhere"]),  # was taken for the CPU in silence
+        ("calibrate", ["folder", "--window-bp", "0"]),
+    ],
+)
+def test_numbers_that_make_no_sense_are_refused(command: str, args: list[str], capsys: pytest.CaptureFixture) -> None:
+    name = next(arg for arg in args if arg.startswith("--"))
+    assert main([command, *([] if command == "evaluate" else ["missing.wav"]), *args]) == 2
+    assert complaint(capsys).startswith(f"seqssm: error: argument {name}: ")
+
+
+def test_nothing_that_is_read_is_written_over(fasta: Path, capsys: pytest.CaptureFixture) -> None:
+    vcf = fasta.with_name("in.vcf")
+    vcf.write_text("##fileformat=VCFv4.2\n#CHROM\tPOS\tID\tREF\tALT\tQUAL\tFILTER\tINFO\none\t5\t.\tT\tG\t.\t.\t.\n")
+    before = {path: path.read_bytes() for path in (fasta, vcf)}
+    zymoseptoria = ["--checkpoint", "dna-zymoseptoria", "--device", "cpu", "--window-bp", "128"]
+    variants = ["classify", str(fasta), *zymoseptoria, "--vcf", str(vcf)]
+    for args in (
+        ["classify", str(fasta), *WINDOWS, "-o", str(fasta)],
+        [*variants, "-o", str(fasta)],
+        [*variants, "-o", str(vcf)],
+        [*variants, "--vcf-out", str(vcf)],
+    ):
+        assert main(args) == 2
+        assert "is a file that is read" in complaint(capsys)
+    out = str(fasta.with_name("out"))
+    assert main([*variants, "-o", out, "--vcf-out", out]) == 2
+    assert "give them two names" in complaint(capsys)
+    assert {path: path.read_bytes() for path in fasta.parent.iterdir()} == before
+
+
+def test_what_was_written_is_said(fasta: Path, capsys: pytest.CaptureFixture) -> None:
+    out = fasta.with_name("out.tsv")
+    assert main(["classify", str(fasta), *WINDOWS, "-o", str(out)]) == 0
+    assert capsys.readouterr().err.splitlines()[-1] == f"wrote {out}: 2 windows"
+
+
+def test_a_pipe_is_classified_as_the_file_is(fasta: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["classify", str(fasta), *WINDOWS]) == 0
+    expected = capsys.readouterr().out
+    command = [sys.executable, "-m", "seqssm", "classify", *WINDOWS]
+    piped = subprocess.run([*command, "-"], input=fasta.read_bytes(), capture_output=True, check=True)
+    assert piped.stdout.decode() == expected
+    refused = subprocess.run([*command, "-", "--tracks", "t"], input=b"", capture_output=True)
+    assert refused.returncode == 2
+    assert b"standard input is read once" in refused.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_behind_standard_output_is_one_line() -> None:
+    with open("/dev/full", "w") as full:
+        result = subprocess.run([sys.executable, "-m", "seqssm"], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (result.returncode, result.stderr) == (
+        2,
+        "seqssm: error: reading or writing failed: No space left on device\n",
+    )
+
+
+def test_a_reader_that_left_and_a_closed_output_are_no_errors() -> None:
+    command = f"{sys.executable} -m seqssm"
+    script = f"{command} --help | true; echo ${{PIPESTATUS[0]}}; {command} --help >&-; echo $?"
+    result = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    first, second = result.stdout.split()
+    assert (first in ("0", "141"), second, result.stderr) == (True, "0", "")
+
+
+def test_a_folder_in_the_way_of_unfinished_tracks_is_kept(fasta: Path, capsys: pytest.CaptureFixture) -> None:
+    mine = fasta.with_name("out.partial") / "mine.txt"
+    mine.parent.mkdir()
+    mine.write_text("keep")
+    args = ["classify", str(fasta), "--checkpoint", "dna-zymoseptoria", "--device", "cpu"]
+    assert main([*args, "--tracks", str(fasta.with_name("out"))]) == 2
+    assert "out.partial is in the way, and not of an interrupted run" in complaint(capsys)
+    assert mine.read_text() == "keep"
+
+
+def test_two_runs_do_not_write_the_same_tracks(fasta: Path, capsys: pytest.CaptureFixture) -> None:
+    from seqssm.commands.classify_tracks import _claimed
+
+    args = ["classify", str(fasta), "--checkpoint", "dna-zymoseptoria", "--device", "cpu"]
+    with _claimed(fasta.with_name("out.partial")):
+        assert main([*args, "--tracks", str(fasta.with_name("out"))]) == 2
+        assert "another process is at work in" in complaint(capsys)
+    assert main([*args, "--tracks", str(fasta.with_name("out"))]) == 0
+    assert not fasta.with_name("out.partial").exists()
+
+
+def test_a_checkpoint_from_a_stranger_is_refused_and_nothing_suggested(
+    fasta: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    import torch
+
+    text, foreign = tmp_path / "text.ckpt", tmp_path / "foreign.ckpt"
+    text.write_text("no checkpoint")
+    torch.save({"model": Path("x")}, foreign)
+    for path in (text, foreign):
+        assert main(["classify", str(fasta), "--checkpoint", str(path)]) == 2
+        said = complaint(capsys)
+        assert f"{path}: not a readable checkpoint: it is none, or holds more than tensors and plain data" in said
+        assert "weights_only" not in said
