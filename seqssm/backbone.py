@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from seqssm.directions import NO_STATE, Bidirectional, ReverseComplement
 from seqssm.errors import UserError
+from seqssm.kernels.dispatch import BACKENDS
 from seqssm.mixers import Mamba, Mixer, State, mamba_stack
 from seqssm.mixers.base import Normed, RMSNorm
 
@@ -65,6 +66,13 @@ class BackboneConfig:
     def __post_init__(self) -> None:
         if self.d_model < 1 or self.n_layers < 1:
             raise UserError(f"backbone: d_model and n_layers must be positive, got {self.d_model} and {self.n_layers}")
+        if self.mlp_ratio < 0 or not 0 <= self.dropout < 1 or not self.norm_eps > 0:
+            raise UserError(
+                "backbone: mlp_ratio must not be negative, dropout lie between 0 and 1, and norm_eps be positive; got "
+                f"{self.mlp_ratio}, {self.dropout} and {self.norm_eps}"
+            )
+        if self.backend not in ("auto", *BACKENDS):
+            raise UserError(f"backbone.backend must be auto or one of {', '.join(BACKENDS)}, got {self.backend!r}")
         if not self.pattern or not set(self.pattern) <= set(self.mixers):
             known = ", ".join(self.mixers) or "none"
             raise UserError(f"backbone.pattern {self.pattern!r} must be letters of backbone.mixers (there: {known})")

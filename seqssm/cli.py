@@ -211,7 +211,9 @@ def _resolve_configs(args: list[str]) -> list[str]:
 def run_trainer(command: str, args: list[str]) -> LightningCLI:
     """Run ``fit``, ``validate``, ``test`` or ``predict`` as the Lightning CLI does, in subclass mode."""
     from jsonargparse import ArgumentError
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+    from seqssm.commands.parsing import one_line
     from seqssm.commands.trainer import TaskCLI
 
     # torchmetrics says so for every epoch of a split in which a class is missing; the report before step 1 has said it.
@@ -224,18 +226,14 @@ def run_trainer(command: str, args: list[str]) -> LightningCLI:
     try:
         return TaskCLI(args=[command, *_resolve_configs(args)])
     except ArgumentError as error:
-        raise UserError(_one_line(str(error.message))) from error
+        raise UserError(one_line(str(error.message))) from error
+    except MisconfigurationException as error:  # Lightning's, of the trainer's settings
+        raise UserError(" ".join(str(error).split())) from error
     except ValueError as error:
         # The parser wraps what the data says while its class names are handed to the model.
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
         raise
-
-
-def _one_line(message: str) -> str:
-    """The parser's message without its layout; the first line says what, the last why."""
-    lines = [line.strip(" -\t") for line in message.splitlines() if line.strip()]
-    return " ".join(lines)
 
 
 if __name__ == "__main__":

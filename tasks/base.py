@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +70,19 @@ class OptimizerConfig:
     warmup_fraction: float = 0.1
     final_fraction: float = 0.02
 
+    def __post_init__(self) -> None:
+        for name in ("lr", "eps"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"optimizer.{name} is {getattr(self, name)}: it must be positive")
+        if self.weight_decay < 0:
+            raise UserError(f"optimizer.weight_decay is {self.weight_decay}: it must not be negative")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"optimizer.{name} is {getattr(self, name)}: it must lie between 0 and 1")
+        for name in ("warmup_fraction", "final_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"optimizer.{name} is {getattr(self, name)}: it must lie between 0 and 1")
+
 
 class Task(Network, pl.LightningModule):
     """A head, a loss, metrics and decoding around one :class:`~seqssm.backbone.Backbone`.
@@ -127,6 +141,10 @@ class Task(Network, pl.LightningModule):
     # ---- training ----------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
+        backend, place = self.backbone_config.backend, self.trainer.strategy.root_device.type
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        if (backend == "triton" and place != "cuda" and not interpreted) or (backend == "numba" and place != "cpu"):
+            raise UserError(f"backbone.backend {backend} does not run on {place}: choose auto, or trainer.accelerator")
         if getattr(self, "chunk_length", 0) and isinstance(self.trainer.strategy, FSDPStrategy | ModelParallelStrategy):
             raise UserError(
                 "model.chunk_length recomputes chunks in the backward pass, when a sharded strategy has given the "

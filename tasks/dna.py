@@ -123,6 +123,8 @@ class DNAClassification(DNANetwork, Task):
             label_smoothing=label_smoothing,
             class_weights=class_weights,
         )
+        if not 0 <= label_smoothing < 1:
+            raise UserError(f"model.label_smoothing is {label_smoothing}: it must lie between 0 and 1")
         self.label_smoothing = label_smoothing
         self.class_weights = class_weights
         weights = class_weights if isinstance(class_weights, list) else [1.0] * len(labels)

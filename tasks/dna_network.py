@@ -100,6 +100,8 @@ class DNANetwork(Network):
                 "model.motif, model.motif_layers and model.positions must be 0 with model.patch: "
                 "its positions are means"
             )
+        if pool_bins < 1:
+            raise UserError(f"model.pool_bins is {pool_bins}: it must be at least 1")
         if pooling == "last" and pool_bins > 1:
             raise UserError("model.pool_bins must be 1 with model.pooling last: there is one last position")
         self.backbone = Backbone(config)

@@ -13,6 +13,9 @@ from numpy.typing import NDArray
 
 from seqssm.errors import UserError
 
+LONGEST_S = 600
+"""Of smoothing, gaps and shortest events: what they need of the past is kept in memory."""
+
 
 @dataclass(frozen=True)
 class Event:
@@ -77,8 +80,10 @@ class EventDetector:
         self.on, self.off = np.asarray(on, np.float64), np.asarray(off, np.float64)
         if (self.off > self.on).any() or (self.on <= 0).any():
             raise UserError("an event's lower threshold must not lie above its upper one, which must be above 0")
-        if min_duration_s < 0 or max_gap_s < 0 or smooth_s < 0:
-            raise UserError("the minimum duration, the gap and the smoothing of events must not be negative")
+        if min(min_duration_s, max_gap_s, smooth_s) < 0 or max(min_duration_s, max_gap_s, smooth_s) > LONGEST_S:
+            raise UserError(
+                f"the minimum duration, the gap and the smoothing of events must lie between 0 and {LONGEST_S:,} s"
+            )
         self.min_tokens = round(min_duration_s / token_s)
         self.max_gap = round(max_gap_s / token_s)
         classes = len(self.labels)

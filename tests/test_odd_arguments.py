@@ -164,3 +164,29 @@ def test_a_checkpoint_from_a_stranger_is_refused_and_nothing_suggested(
         said = complaint(capsys)
         assert f"{path}: not a readable checkpoint: it is none, or holds more than tensors and plain data" in said
         assert "weights_only" not in said
+
+
+@pytest.mark.parametrize("command", ["tag - --live", "transcribe -"])
+def test_live_without_standard_input(command: str) -> None:
+    shell = f"{sys.executable} -m seqssm {command} --device cpu <&-"
+    result = subprocess.run(["bash", "-c", shell], capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == (
+        "seqssm: error: standard input is closed: send sound to it, or name a file in place of -\n"
+    )
+
+
+def test_a_named_pipe_is_heard_live(tmp_path: Path) -> None:
+    import numpy as np
+    import soundfile
+
+    sound = tmp_path / "sound.wav"
+    soundfile.write(sound, 0.1 * np.random.default_rng(0).standard_normal(16000), 16000)
+    os.mkfifo(tmp_path / "pipe")
+    tag = f"{sys.executable} -m seqssm tag --live --device cpu --top-k 1"
+    told = []
+    for shell in (f"cat sound.wav | {tag} -", f"cat sound.wav > pipe & {tag} pipe"):
+        heard = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, cwd=tmp_path)
+        assert heard.returncode == 0, heard.stderr
+        told.append((heard.stdout, heard.stderr.splitlines()[-1]))
+    assert told[0] == told[1]

@@ -269,6 +269,7 @@ BAD = {
     "threads": (["{scene}", "--threads", "0"], "--threads: '0' is not a whole number from 1 on"),
     "folder": (["."], ". is a folder"),
     "live missing": (["missing.wav", "--live"], "missing.wav does not exist"),
+    "smoothing": (["{scene}", "--smooth-s", "1e9"], "must lie between 0 and 600 s"),
     "report live": (["{scene}", "--live", "--report"], "needs the whole recording"),
 }
 

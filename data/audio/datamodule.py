@@ -385,6 +385,9 @@ def _check_arguments(settings: dict[str, Any]) -> None:
     for name in ("batch_size", "eval_batch_size", "clips_per_epoch"):
         if settings[name] is not None and settings[name] < 1:
             raise UserError(f"{name} is {settings[name]}: it must be at least 1")
+    for name in ("num_workers", "seed", "cache_gb"):
+        if settings[name] < 0:
+            raise UserError(f"{name} is {settings[name]}: it must not be negative")
     if not 0 <= settings["val_fraction"] < 1:
         raise UserError(f"val_fraction is {settings['val_fraction']}: it must lie between 0 and 1")
     if settings["crop_s"] is not None and settings["crop_s"] <= 0:

@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
+import os
 import struct
+import sys
 import time
 from collections.abc import Iterator
 from typing import IO, Any
 
 import numpy as np
 
+from seqssm.data.audio.reading import LOUDEST
 from seqssm.data.resampling import check_rate
 from seqssm.errors import UserError
 
 ENCODINGS = {"u8": ("u1", 1), "s16le": ("<i2", 2), "s24le": ("", 3), "s32le": ("<i4", 4), "f32le": ("<f4", 4)}
 """PCM encodings by ffmpeg's names: dtype, bytes a sample."""
 POLL_S = 0.05
+LONGEST_CHUNK = 1 << 24
+"""Bytes of a part of a WAV header, such as a picture: what is longer would only fill the memory."""
 UNKNOWN_SIZE = 0x7F000000
 """Programs that write WAV to a pipe put a size about as large as the field takes into its header."""
+
+
+def standard_input() -> IO[bytes]:
+    """Standard input, unbuffered: a packet is heard when it comes, not when a buffer is full. To be closed.
+
+    Raises:
+        UserError: the program was started without one.
+    """
+    if sys.stdin is None:
+        raise UserError("standard input is closed: send sound to it, or name a file in place of -")
+    return os.fdopen(os.dup(sys.stdin.fileno()), "rb", buffering=0)
 
 
 class LiveAudio:
@@ -34,7 +50,7 @@ class LiveAudio:
 
     Attributes:
         rate, channels: of the samples.
-        repaired: samples so far that were NaN or infinite, and were taken for silence.
+        repaired: samples so far that were NaN, infinite or far beyond full scale, and were taken for silence.
         left_over: bytes at the end that made no whole sample.
         missing: bytes that did not come although a WAV header says so.
 
@@ -103,6 +119,8 @@ class LiveAudio:
             kind, size = struct.unpack("<4sI", self._take(8))
             if kind == b"data":
                 break
+            if size > LONGEST_CHUNK:
+                raise UserError(f"{self.name}: its WAV header is damaged: a part of it is {size:,} bytes long")
             body = self._take(size + size % 2)
             if kind == b"fmt ":
                 form = self._read_format(body)
@@ -154,7 +172,7 @@ class LiveAudio:
         """What was wrong with the stream, in sentences without a full stop; once it has ended."""
         said = []
         if self.repaired:
-            said.append(f"{self.repaired:,} samples were NaN or infinite, and taken for silence")
+            said.append(f"{self.repaired:,} samples were NaN, infinite or far beyond full scale, and taken for silence")
         if self.left_over:
             said.append(
                 f"it ended within a sample, {self.left_over} bytes of which were left out; are --channels and "
@@ -177,7 +195,7 @@ class LiveAudio:
             elif self.encoding != "f32le":
                 values = values / np.float32(2 ** (8 * values.itemsize - 1))
         values = values.astype(np.float32)
-        bad = ~np.isfinite(values)
+        bad = ~(np.abs(values) <= LOUDEST)  # NaN, too
         if bad.any():
             self.repaired += int(bad.sum())
             values = np.where(bad, np.float32(0), values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -21,6 +22,8 @@ AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".oga", ".aif", ".ai
 
 # A frame of MP3 needs the bits of frames before it: decoding begins so many samples before those that are wanted.
 MP3_LEAD = 32 * 1152
+LOUDEST = 16.0
+"""Of float samples: sound that clips goes a little beyond 1, integers written as floats go far."""
 
 
 @cache
@@ -42,11 +45,12 @@ def open_audio(source: str | Path | IO[bytes]) -> Any:
     import soundfile
 
     name = _name(source)
-    if isinstance(source, str | Path) and not Path(source).is_file():
-        if Path(source).is_dir():
+    if isinstance(source, str | Path) and not os.path.isfile(source):
+        if os.path.isdir(source):
             raise UserError(f"{source} is a folder: name the recordings in it")
-        if not Path(source).exists():
+        if not os.path.exists(source):
             raise UserError(f"{source} does not exist: correct the path")
+        raise UserError(f"{source} is no file but a pipe or a device: live commands read them as -, standard input")
     try:
         file = _sequential_file()(str(source) if isinstance(source, Path) else source)
     except (soundfile.LibsndfileError, TypeError, OSError) as error:
@@ -75,7 +79,9 @@ def cut_off(path: str | Path) -> int:
 
 
 def _reason(error: Exception) -> str:
-    return str(error).rpartition(": ")[2].strip().rstrip(".") or type(error).__name__
+    reason = str(error).rpartition(": ")[2].strip().rstrip(".") or type(error).__name__
+    # What libsndfile says of bytes in which it finds no MP3; that the file is there has been seen.
+    return "Format not recognised" if "not a regular file" in reason else reason
 
 
 def duration(path: str | Path, start_s: float = 0.0, end_s: float | None = None) -> tuple[int, int, int]:
@@ -90,7 +96,9 @@ def _part(file: Any, path: str | Path, start_s: float, end_s: float | None) -> t
     begin = round(start_s * rate)
     end = file.frames if end_s is None else min(round(end_s * rate), file.frames)
     if begin >= end:
-        where = "no samples" if file.frames == 0 else f"no samples from {start_s:g} s on"
+        if not file.frames:
+            raise _no_samples(path)
+        where = f"no samples from {start_s:g} s on"
         raise UserError(f"{path} has {where} (it is {file.frames / rate:.2f} s long): remove it from the data")
     return begin, end
 
@@ -109,10 +117,36 @@ def read_audio(path: str | Path, start_s: float = 0.0, end_s: float | None = Non
             file.seek(begin - lead)
         samples = _decode(file, lead + end - begin, path)[lead:]
     if not len(samples):
-        raise UserError(f"{path} has no samples: remove it from the data")
-    if not np.isfinite(samples).all():
-        raise UserError(f"{path} holds NaN or infinite samples: repair it or remove it from the data")
+        raise _no_samples(path)
+    _check_sound(samples, path, begin, rate)
     return np.ascontiguousarray(samples.T), rate
+
+
+def _check_sound(samples: np.ndarray, name: object, before: int, rate: float) -> None:
+    """Raise UserError for samples (n, channels) that are no sound; ``before`` came earlier."""
+    sound = np.abs(samples) <= LOUDEST  # false for NaN, too
+    if sound.all():
+        return
+    row = int(np.argmin(sound.all(1)))
+    at, value = (before + row) / rate, samples[row][~sound[row]][0]
+    if not np.isfinite(value):
+        raise UserError(f"{name} holds NaN or infinite samples at {at:.2f} s: repair it, or remove it from the data")
+    raise UserError(f"{name} has a sample of {value:g} at {at:.2f} s, where full scale is 1: scale it")
+
+
+def _no_samples(name: object) -> UserError:
+    """The error for a recording without any; one whose header was never completed may have some all the same."""
+    if isinstance(name, str | Path) and os.path.isfile(name):
+        with open(name, "rb") as file:
+            head = file.read(4096)
+        at = head.find(b"data")
+        behind = os.path.getsize(name) - at - 8
+        if head[:4] == b"RIFF" and at > 0 and head[at + 4 : at + 8] == bytes(4) and behind > 0:
+            return UserError(
+                f"{name} has no samples by its header, which was never completed, and {behind:,} bytes behind it: "
+                "rewrite it, such as by ffmpeg -i OLD.wav NEW.wav"
+            )
+    return UserError(f"{name} has no samples: remove it from the data")
 
 
 def _decode(file: Any, count: int, name: object) -> np.ndarray:
@@ -136,13 +170,11 @@ def blocks(source: str | Path | IO[bytes], seconds: float = 10.0) -> Iterator[tu
             samples = _decode(file, size, name)
             if not len(samples):
                 break
-            if not np.isfinite(samples).all():
-                at = (seen + int(np.argmin(np.isfinite(samples).all(1)))) / file.samplerate
-                raise UserError(f"{name} holds NaN or infinite samples at {at:.2f} s: repair it")
+            _check_sound(samples, name, seen, file.samplerate)
             seen += len(samples)
             yield np.ascontiguousarray(samples.T), file.samplerate
         if not seen:
-            raise UserError(f"{name} has no samples")
+            raise _no_samples(name)
 
 
 def sound_blocks(source: Sound, rate: int | None = None, seconds: float = 10.0) -> Iterator[tuple[np.ndarray, int]]:
@@ -164,9 +196,8 @@ def sound_blocks(source: Sound, rate: int | None = None, seconds: float = 10.0) 
             "samples must be floats between -1 and 1, or 16-bit integers, (n,) or (channels, n): "
             f"got {samples.dtype} {samples.shape}"
         )
-    if not np.isfinite(samples).all():
-        raise UserError("the samples hold NaN or infinity: repair them")
     samples = np.atleast_2d(samples).astype(np.float32)
+    _check_sound(samples.T, "the array", 0, rate)
     size = max(1, round(seconds * rate))
     for begin in range(0, samples.shape[1], size):
         yield samples[:, begin : begin + size], rate

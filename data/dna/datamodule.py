@@ -361,10 +361,13 @@ def _natural(label: str) -> tuple[int, int, str]:
 
 
 def _check_arguments(settings: dict[str, Any]) -> None:
-    counts = ("window_bp", "stride_bp", "min_window_bp", "windows_per_epoch", "eval_windows", "batch_size")
-    for name in (*counts, "warmup_epochs"):
+    counts = ("window_bp", "stride_bp", "min_window_bp", "windows_per_epoch", "eval_windows")
+    for name in (*counts, "batch_size", "eval_batch_size", "warmup_epochs"):
         if settings[name] is not None and settings[name] < 1:
             raise UserError(f"{name} is {settings[name]}: it must be at least 1")
+    for name in ("num_workers", "guard_bp", "min_class_windows", "seed"):
+        if settings[name] is not None and settings[name] < 0:
+            raise UserError(f"{name} is {settings[name]}: it must not be negative")
     for name in ("max_n_fraction", "rc_probability", "val_fraction"):
         if not 0 <= settings[name] <= 1:
             raise UserError(f"{name} is {settings[name]}: it must lie between 0 and 1")

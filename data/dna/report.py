@@ -141,6 +141,8 @@ def shared_kmers(library: Library, train: Windows, held_out: dict[str, Windows])
         name: np.unique(np.concatenate([sampled_kmers(tokens, False) for tokens in _blocks(library, windows)]))
         for name, windows in held_out.items()
     }
+    if not wanted:
+        return {}
     union = np.unique(np.concatenate(list(wanted.values())))
     found = np.zeros(len(union), bool)
     if len(union):

@@ -215,7 +215,9 @@ def _list_file(listing: Listing, path: Path, columns: Columns) -> None:
         listing.tables.append((table, columns))
     elif layout.path_column in table.columns:
         listing.samples_are_files = True
-        for row in table.records():
+        for line, row in zip(table.lines, table.records(), strict=True):
+            if not row[layout.path_column]:
+                raise UserError(f"{path} line {line}: the column {layout.path_column!r} is empty: name a file in it")
             listing.files.append((path.parent / row[layout.path_column], {**columns, **row}))
         _refuse_repeats(path, [file for file, _ in listing.files])
     else:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from seqssm.cli import config_section
 from seqssm.commands.arguments import add_accelerator_argument, positive
+from seqssm.commands.parsing import one_line
 from seqssm.commands.transcribe import add_decoding_arguments, add_stream_arguments
 from seqssm.errors import UserError
 from seqssm.tasks.asr_network import ASRNetwork
@@ -180,7 +181,7 @@ def build_datamodule(
     try:
         return parser.instantiate_classes(parser.parse_object({"data": section})).data
     except ArgumentError as error:
-        raise UserError(f"the data section does not fit: {' '.join(str(error.message).split())}") from error
+        raise UserError(f"the data section does not fit: {one_line(str(error.message))}") from error
 
 
 def _with_subclasses(cls: type[Any]) -> list[type[Any]]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from seqssm.commands.arguments import positive
 from seqssm.errors import UserError
 
 TOLERANCE = 0.15
@@ -20,11 +21,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-c", "--config", action="append", required=True, help="as for `seqssm fit`; repeatable, later wins"
     )
     parser.add_argument(
-        "--length", type=int, help="bases or frames of a sequence to plan for; default: the config's window"
+        "--length", type=positive, help="bases or frames of a sequence to plan for; default: the config's window"
     )
     parser.add_argument(
         "--measure",
-        type=int,
+        type=positive,
         nargs="+",
         metavar="LENGTH",
         help="lengths to measure at; default: an eighth, a quarter and three eighths of --length",
@@ -43,6 +44,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
+    from seqssm.commands.parsing import one_line
     from seqssm.commands.trainer import TaskCLI
     from seqssm.longcontext.planning import make_plan, measure
 
@@ -51,9 +53,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         cli = TaskCLI(_arguments(args), run=False)
     except ArgumentError as error:
-        raise UserError(
-            " ".join(line.strip(" -\t") for line in str(error.message).splitlines() if line.strip())
-        ) from error
+        raise UserError(one_line(str(error.message))) from error
     trainer, task, data = cli.trainer, cli.model, cli.datamodule
     device = trainer.strategy.root_device
     length, multiple, unit = _length(args.length, task, data)

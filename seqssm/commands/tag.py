@@ -22,7 +22,7 @@ import torch
 from seqssm import hub
 from seqssm.commands.arguments import add_device_argument, chunk_ms, positive, threads
 from seqssm.commands.interrupts import until_interrupted
-from seqssm.data.audio.live import ENCODINGS, LiveAudio
+from seqssm.data.audio.live import ENCODINGS, LiveAudio, standard_input
 from seqssm.data.audio.reading import blocks, cut_off, open_audio
 from seqssm.errors import UserError
 from seqssm.files import atomic_write
@@ -236,13 +236,11 @@ def _live(args: argparse.Namespace, network: TaggingNetwork) -> None:
     options: dict[str, Any] = {"rate": args.rate, "channels": args.channels, "encoding": args.encoding}
     with ExitStack() as stack:
         if name == "-":
-            # Unbuffered: a packet is heard when it comes, not when a buffer is full.
-            stream: Any = stack.enter_context(os.fdopen(os.dup(sys.stdin.fileno()), "rb", buffering=0))
-        elif not Path(name).is_file():
-            raise UserError(f"{name} does not exist: correct the path")
+            stream: Any = stack.enter_context(standard_input())
         else:
-            stream = stack.enter_context(open(name, "rb"))
-            options["follow_s"] = args.idle_s
+            stream = stack.enter_context(_open_growing(name))
+            # The end of a pipe is the end; a file may still be written to.
+            options["follow_s"] = args.idle_s if os.path.isfile(name) else 0.0
         audio = LiveAudio(stream, "standard input" if name == "-" else name, **options)
         listener = _listener(args, network)
         tagger = LiveTagger(network, audio.rate, args.chunk_ms / 1000)
@@ -255,6 +253,15 @@ def _live(args: argparse.Namespace, network: TaggingNetwork) -> None:
         _note(f"{audio.name}: {complaint}")
     for label, p, threshold in listener.tags(args.top_k):
         _note(f"of all that was heard: {label} {p:.4f} (threshold {threshold:.4f})")
+
+
+def _open_growing(name: str) -> Any:
+    try:
+        return open(name, "rb", buffering=0)
+    except FileNotFoundError as error:
+        raise UserError(f"{name} does not exist: correct the path") from error
+    except OSError as error:
+        raise UserError(f"{name} cannot be read: {error.strerror}; give - or one file that grows") from error
 
 
 def _tell(changes: list[Change], write: Callable[[list[Change]], None], jsonl: bool) -> None:

@@ -34,6 +34,23 @@ HOW_NOT_WHAT = ("thresholds", "chunk_length", "chunk_offload", "chunk_kept")
 """Arguments of a model that a resumed run may change: they leave what is learnt as it is."""
 
 
+POSITIVE = ("accumulate_grad_batches", "val_check_interval", "check_val_every_n_epoch", "log_every_n_steps")
+"""Settings of the trainer that Lightning divides by, some of them without a look."""
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes the config beside the results, in a folder that has none of an earlier run."""
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        found = Path(trainer.log_dir or ".") / self.config_filename
+        if not self.already_saved and trainer.strategy.broadcast(trainer.is_global_zero and found.is_file()):
+            raise UserError(
+                f"{found} is there from an earlier run, whose results would be mixed with these: move that folder, or "
+                "give the logger another name or version"
+            )
+        super().setup(trainer, pl_module, stage)
+
+
 class TaskCLI(LightningCLI):
     """``seqssm fit|validate|test|predict``: any :class:`Task` with any DataModule, from YAML and the command line.
 
@@ -52,7 +69,7 @@ class TaskCLI(LightningCLI):
             subclass_mode_data=True,
             auto_configure_optimizers=False,
             seed_everything_default=0,
-            save_config_callback=SaveConfigCallback,
+            save_config_callback=SaveConfig,
             parser_kwargs={**strict, **{command: dict(strict) for command in COMMANDS}},
             trainer_defaults={
                 "logger": {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "runs"}}
@@ -72,6 +89,23 @@ class TaskCLI(LightningCLI):
             default=False,
             help="after fit, score the best checkpoint on the test split beside the baselines",
         )
+
+    def _set_seed(self) -> None:
+        try:
+            super()._set_seed()
+        except ValueError as error:
+            raise UserError(f"seed_everything: {error}") from error
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """As Lightning does; settings that make no sense are the user's."""
+        for name in POSITIVE:
+            value = self._get(self.config_init, f"trainer.{name}")
+            if value is not None and value <= 0:
+                raise UserError(f"trainer.{name} is {value}: it must be positive")
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (ValueError, TypeError) as error:
+            raise UserError(f"trainer: {' '.join(str(error).split())}") from error
 
     def _parse_ckpt_path(self) -> None:
         """Refuse a checkpoint that disagrees with the config, where Lightning lets the checkpoint win in silence."""

@@ -23,7 +23,7 @@ import torch
 from seqssm import hub
 from seqssm.commands.arguments import add_device_argument, chunk_ms, positive, threads
 from seqssm.commands.interrupts import until_interrupted
-from seqssm.data.audio.live import ENCODINGS, LiveAudio
+from seqssm.data.audio.live import ENCODINGS, LiveAudio, standard_input
 from seqssm.data.audio.reading import blocks, open_audio
 from seqssm.errors import UserError
 from seqssm.files import atomic_write
@@ -262,8 +262,7 @@ def _transcribe_file(path: Path, transcriber: Callable[[int], Transcriber], writ
 
 
 def _live(args: argparse.Namespace, transcriber: Callable[[int], Transcriber]) -> None:
-    # Unbuffered: a packet is heard when it comes, not when a buffer is full.
-    with os.fdopen(os.dup(sys.stdin.fileno()), "rb", buffering=0) as stream:
+    with standard_input() as stream:
         audio = LiveAudio(stream, "standard input", rate=args.rate, channels=args.channels, encoding=args.encoding)
         asr = transcriber(audio.rate)
         with _destination(args) as writer_of, writer_of("-") as write_final:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seqssm.errors import UserError
-from seqssm.mixers.base import Mixer, Reading, State
+from seqssm.mixers.base import Mixer, Reading, State, check_sizes
 from seqssm.mixers.segments import SegmentGroup, by_segment, last_segment
 
 
@@ -46,6 +46,7 @@ class Attention(Mixer):
         bias: bool = False,
     ) -> None:
         super().__init__(d_model)
+        check_sizes("Attention", heads=heads, kv_heads=kv_heads)
         self.heads, self.kv_heads, self.window = heads, heads if kv_heads is None else kv_heads, window
         if d_model % (2 * heads) or heads % self.kv_heads:
             raise UserError(f"Attention: d_model {d_model} / heads {heads} must be even, and kv_heads divide heads")

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from seqssm.errors import UserError
 from seqssm.kernels.rms_norm.op import add_rms_norm
 from seqssm.mixers.operations import WHOLE, Operations
 
@@ -28,6 +29,13 @@ class Reading(NamedTuple):
     strand: int
     mixer: Mixer
     reverse: bool
+
+
+def check_sizes(mixer: str, **sizes: float | None) -> None:
+    """Raise UserError for a size that is given and below 1."""
+    for name, size in sizes.items():
+        if size is not None and size < 1:
+            raise UserError(f"{mixer}: {name} must be at least 1, got {size}")
 
 
 class RMSNorm(nn.Module):

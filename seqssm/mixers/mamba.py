@@ -20,6 +20,7 @@ from seqssm.mixers.base import (
     Normed,
     RMSNorm,
     State,
+    check_sizes,
     float32_parameter,
     init_dt_bias,
     join,
@@ -71,6 +72,8 @@ class Mamba(Mixer):
         bias: bool = False,
     ) -> None:
         super().__init__(d_model)
+        rank = None if dt_rank == "auto" else dt_rank
+        check_sizes("Mamba", d_state=d_state, d_conv=d_conv, dt_rank=rank, inner_width=expand * d_model)
         self.d_state, self.d_conv = d_state, d_conv
         self.d_inner = int(expand * d_model)
         self.dt_rank = math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank

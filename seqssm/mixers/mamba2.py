@@ -17,6 +17,7 @@ from seqssm.mixers import convolved_projection
 from seqssm.mixers.base import (
     Mixer,
     State,
+    check_sizes,
     float32_parameter,
     init_dt_bias,
     join,
@@ -70,6 +71,9 @@ class Mamba2(Mixer):
         norm_eps: float = 1e-5,
     ) -> None:
         super().__init__(d_model)
+        check_sizes(
+            "Mamba2", d_state=d_state, d_conv=d_conv, headdim=headdim, ngroups=ngroups, inner_width=expand * d_model
+        )
         self.d_state, self.d_conv, self.headdim, self.ngroups = d_state, d_conv, headdim, ngroups
         self.d_inner = int(expand * d_model)
         if self.d_inner % headdim or (self.d_inner // headdim) % ngroups:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seqssm.errors import UserError
-from seqssm.mixers.base import Mixer, State, float32_parameter
+from seqssm.mixers.base import Mixer, State, check_sizes, float32_parameter
 from seqssm.mixers.segments import SegmentGroup, by_segment, last_segment
 
 
@@ -45,6 +45,7 @@ class S4D(Mixer):
         bias: bool = False,
     ) -> None:
         super().__init__(d_model)
+        check_sizes("S4D", d_state=d_state, inner_width=expand * d_model)
         if d_state < 2 or d_state % 2:
             raise UserError(f"S4D: d_state must be even, got {d_state}: its modes come in conjugate pairs")
         self.d_inner, self.modes = int(expand * d_model), d_state // 2

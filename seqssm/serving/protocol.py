@@ -26,14 +26,13 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from seqssm.data.audio.reading import LOUDEST
 from seqssm.tasks.events import Change
 from seqssm.tasks.transcripts import Result
 
 END = "Done"
 LOWEST_RATE, HIGHEST_RATE = 4_000, 192_000
 """Hz: below, a small packet would become a huge one in the model; above, nobody records speech."""
-LOUDEST = 16.0
-"""Of float samples: sound that clips goes a little beyond 1, integers sent as floats go far."""
 PCM: dict[str, np.dtype[Any]] = {"s16le": np.dtype("<i2"), "f32le": np.dtype("<f4")}
 # https://www.rfc-editor.org/rfc/rfc6455#section-7.4.1 and the registry of WebSocket close codes
 CLOSE_CODES = {

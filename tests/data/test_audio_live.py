@@ -62,13 +62,13 @@ def test_raw_pcm() -> None:
     audio = LiveAudio(Dribble(values.tobytes(), 5), "pipe", rate=48000, channels=3)
     np.testing.assert_array_equal(np.concatenate(list(audio), axis=1).T, values / np.float32(32768))
     broken = samples(1)
-    broken[3], broken[500] = np.nan, np.inf
+    broken[3], broken[500], broken[700] = np.nan, np.inf, -32768.0
     audio = LiveAudio(Dribble(broken.tobytes(), 999), "pipe", rate=8000, encoding="f32le")
     heard = np.concatenate(list(audio), axis=1)[0]
-    assert audio.repaired == 2
-    assert (heard[[3, 500]] == 0).all()
+    assert audio.repaired == 3
+    assert (heard[[3, 500, 700]] == 0).all()
     np.testing.assert_array_equal(heard[4:500], broken[4:500, 0])
-    assert audio.complaints() == ["2 samples were NaN or infinite, and taken for silence"]
+    assert audio.complaints() == ["3 samples were NaN, infinite or far beyond full scale, and taken for silence"]
 
 
 def test_an_end_in_the_wrong_place_is_told() -> None:
@@ -117,6 +117,7 @@ def test_bad_streams() -> None:
         (b"\x00" * 100, {"rate": 8000, "channels": 0}, "0 channels"),
         (b"\x00" * 100, {"rate": 8000, "encoding": "mp3"}, "unknown encoding"),
         (wav.getvalue()[:30], {}, "header ends too early"),
+        (b"RIFF....WAVELIST" + b"\xff" * 4 + bytes(99), {}, "a part of it is 4,294,967,295 bytes long"),
         (wav.getvalue(), {}, "64 bits cannot be read live"),
     ]
     for data, options, message in cases:

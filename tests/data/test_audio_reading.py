@@ -1,4 +1,5 @@
 import io
+import os
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +86,14 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
     soundfile.write(tmp_path / "none.wav", np.zeros(0), 16000)
     soundfile.write(tmp_path / "nan.wav", np.array([0.0, np.nan, 0.1]), 16000, subtype="FLOAT")
     soundfile.write(tmp_path / "inf.wav", np.array([0.0, np.inf, 0.1]), 16000, subtype="FLOAT")
+    soundfile.write(tmp_path / "integers.wav", np.array([0.0, 0.1, -32768.0]), 2, subtype="FLOAT")
+    (tmp_path / "random.mp3").write_bytes(np.random.default_rng(0).bytes(5000))
+    (tmp_path / "circle.wav").symlink_to("circle.wav")
+    os.mkfifo(tmp_path / "pipe.wav")
+    soundfile.write(tmp_path / "open.wav", noise(1000), 16000)
+    header = (tmp_path / "open.wav").read_bytes()
+    at = header.index(b"data") + 4
+    (tmp_path / "open.wav").write_bytes(header[:at] + bytes(4) + header[at + 4 :])  # as a recorder that was killed
     write_wav_header(tmp_path / "zero.wav", 0)
     write_wav_header(tmp_path / "fast.wav", 1_000_000)
     for name, message in {
@@ -94,6 +103,12 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
         "none.wav": "no samples",
         "nan.wav": "NaN or infinite samples",
         "inf.wav": "NaN or infinite samples",
+        "integers.wav": "has a sample of -32768 at 1.00 s, where full scale is 1: scale it",
+        "random.mp3": r"not readable as audio \(Format not recognised\)",
+        "circle.wav": "does not exist",
+        "pipe.wav": "is no file but a pipe or a device: live commands read them as -",
+        f"{'long' * 80}.wav": "does not exist",
+        "open.wav": "no samples by its header, which was never completed, and 2,000 bytes behind it: rewrite it",
         "zero.wav": "(sample rate of 0 Hz|not readable as audio)",
         "fast.wav": "sample rate of 1000000 Hz is not between 1 and 768,000",
     }.items():

@@ -198,3 +198,37 @@ def test_bad_bed_lines_are_named(tmp_path: Path, line: str, message: str) -> Non
     path.write_text(line + "\n")
     with pytest.raises(UserError, match=message):
         read_bed(path, ["label"])
+
+
+def test_what_is_no_plain_file_is_named(tmp_path: Path) -> None:
+    import bz2
+    import lzma
+    import os
+    import socket
+    import threading
+    import zipfile
+
+    text = b">a\nACGT\n"
+    (tmp_path / "x.fa.bz2").write_bytes(bz2.compress(text))
+    (tmp_path / "x.fa.xz").write_bytes(lzma.compress(text))
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        archive.writestr("x.fa", text)
+    (tmp_path / "mac.fa").write_bytes(b">a first\rACGT\rACGT\r")
+    (tmp_path / "circle.fa").symlink_to("circle.fa")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "socket.fa"))
+        for name, message in {
+            "x.fa.bz2": "is compressed by bzip2: decompress it",
+            "x.fa.xz": "is compressed by xz",
+            "x.zip": "is compressed by zip",
+            "mac.fa": "has the line ends of old Macs",
+            "circle.fa": "cannot be read: Too many levels of symbolic links",
+            "socket.fa": "cannot be read: No such device or address",
+        }.items():
+            with pytest.raises(UserError, match=f"{name} {message}"):
+                records_of(tmp_path / name)
+    # A pipe has no beginning to go back to.
+    for name, content in {"plain": text, "gzip": gzip.compress(text) + gzip.compress(text.replace(b"a", b"b"))}.items():
+        os.mkfifo(tmp_path / name)
+        threading.Thread(target=(tmp_path / name).write_bytes, args=(content,), daemon=True).start()
+        assert records_of(tmp_path / name) == dict.fromkeys("a" if name == "plain" else "ab", "ACGT")

@@ -153,3 +153,9 @@ def test_a_missing_label_column_is_named_before_sequences_are_read(tmp_path: Pat
     path = write(tmp_path / "a.csv", "sequence,target\nACGT,1\n")
     with pytest.raises(UserError, match=r"no column 'label' .it has sequence, target.: set label_column"):
         list_sources(Layout(path)).label_values()
+
+
+def test_a_row_without_a_path_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "data.csv", "path,label\na.fa,x\n,y\n")
+    with pytest.raises(UserError, match=r"data\.csv line 3: the column 'path' is empty"):
+        list_sources(Layout(path))

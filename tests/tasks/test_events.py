@@ -120,7 +120,7 @@ def test_random_streams_agree_with_brute_force_for_any_packets() -> None:
 def test_thresholds_that_make_no_sense() -> None:
     with pytest.raises(UserError, match="lower threshold"):
         EventDetector(["a"], 0.1, [0.3], [0.5])
-    with pytest.raises(UserError, match="negative"):
+    with pytest.raises(UserError, match="between 0 and 600 s"):
         EventDetector(["a"], 0.1, [0.3], [0.2], min_duration_s=-1)
 
 

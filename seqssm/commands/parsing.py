@@ -1,0 +1,55 @@
+"""What jsonargparse says of a setting that does not fit, in one line that a person can read."""
+
+from __future__ import annotations
+
+import re
+
+SHOWS = "`--print_config` shows every setting"
+_LAYOUT = (
+    "Does not validate against",
+    "Subtypes:",
+    "Errors:",
+    "Given value type:",
+    "Given value: NestedArg(",
+    "Given value: Namespace(",
+    "Expected a <class 'NoneType'>",
+    "Expected a path but",
+    "Problem with given class_path",
+    "Not a valid subclass of",
+    "Subclass types expect one of",
+    "a class path (str)",
+    "a dict with",
+)
+"""Beginnings of lines that say how the parser went about it; what was wrong stands in the others."""
+_KEY = re.compile(r'Parser key "([^"]*)":')
+
+
+def one_line(message: str) -> str:
+    """The key, what was expected of it, and what was given.
+
+    Args:
+        message: of jsonargparse's ArgumentError, of one line or many, some for each type of a union.
+    """
+    lines = [line.strip(" -\t") for line in message.splitlines()]
+    keys = [found[1] for line in lines if (found := _KEY.fullmatch(line))]
+    said, given = [], ""
+    for line in lines:
+        if not line or _KEY.fullmatch(line) or line.startswith(_LAYOUT):
+            continue
+        if line.startswith("Given value: "):
+            given = f", got {line.removeprefix('Given value: ')}"
+        elif _plain(line) not in said:
+            said.append(_plain(line))
+    expected = [part.removeprefix("expected ") for part in said if part.startswith("expected ")]
+    others = [part for part in said if not part.startswith("expected ")]
+    text = "; ".join([*others, *([f"expected {' or '.join(expected)}{given}"] if expected else [])])
+    unknown = any("is not accepted" in part or "unrecognized" in part or "not accept option" in part for part in others)
+    where = ".".join(keys)
+    return f"{where}: {text}"[0 if where else 2 :] + (f"; {SHOWS}" if unknown else "")
+
+
+def _plain(line: str) -> str:
+    line = line.replace("Expected a dot import path string: ", "there is no class ")
+    line = re.sub(r"^Expected an? ", "expected ", line).replace(". Got value: ", ", got ")
+    line = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", line)
+    return re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", line)
