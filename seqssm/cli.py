@@ -210,10 +210,7 @@ def _resolve_configs(args: list[str]) -> list[str]:
 
 def run_trainer(command: str, args: list[str]) -> LightningCLI:
     """Run ``fit``, ``validate``, ``test`` or ``predict`` as the Lightning CLI does, in subclass mode."""
-    from jsonargparse import ArgumentError
-    from lightning.pytorch.utilities.exceptions import MisconfigurationException
-
-    from seqssm.commands.parsing import one_line
+    from seqssm.commands.parsing import said_clearly
     from seqssm.commands.trainer import TaskCLI
 
     # torchmetrics says so for every epoch of a split in which a class is missing; the report before step 1 has said it.
@@ -223,17 +220,8 @@ def run_trainer(command: str, args: list[str]) -> LightningCLI:
     # What Lightning does within itself, and what its makers advertise, is nothing that a user can act upon.
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*is deprecated")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.msg)
-    try:
+    with said_clearly():
         return TaskCLI(args=[command, *_resolve_configs(args)])
-    except ArgumentError as error:
-        raise UserError(one_line(str(error.message))) from error
-    except MisconfigurationException as error:  # Lightning's, of the trainer's settings
-        raise UserError(" ".join(str(error).split())) from error
-    except ValueError as error:
-        # The parser wraps what the data says while its class names are handed to the model.
-        if isinstance(error.__cause__, UserError):
-            raise error.__cause__ from None
-        raise
 
 
 if __name__ == "__main__":

@@ -63,6 +63,17 @@ def _takes_files(path: str | Path) -> bool:
     return stat.S_ISREG(kind)
 
 
+def make_folder(folder: str | Path, option: str = "output folder") -> Path:
+    """Make a folder to write to, where it is not there; raises UserError unless files can be made in it."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write in {folder}: {error.strerror or error}; choose another {option}") from error
+    return Path(folder)
+
+
 def refuse_to_overwrite(output: str | Path | None, inputs: Iterable[str | Path | None], option: str) -> None:
     """Raise UserError where a file to be written is one of those that are read."""
     for one in inputs:

@@ -71,11 +71,11 @@ class OptimizerConfig:
     final_fraction: float = 0.02
 
     def __post_init__(self) -> None:
-        for name in ("lr", "eps"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"optimizer.{name} is {getattr(self, name)}: it must be positive")
-        if self.weight_decay < 0:
-            raise UserError(f"optimizer.weight_decay is {self.weight_decay}: it must not be negative")
+        if not self.eps > 0:
+            raise UserError(f"optimizer.eps is {self.eps}: it must be positive")
+        for name in ("lr", "weight_decay"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"optimizer.{name} is {getattr(self, name)}: it must not be negative")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"optimizer.{name} is {getattr(self, name)}: it must lie between 0 and 1")

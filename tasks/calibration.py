@@ -12,6 +12,8 @@ from seqssm.tasks.dna_network import DNANetwork
 def fit_scaling(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> tuple[float, Tensor]:
     """The scale a and the bias b for which softmax(a · logits + b) has the least log loss.
 
+    Where every window comes out right, the loss falls for ever as a grows, and what is returned means nothing.
+
     Temperature scaling (Guo et al., 2017, "On calibration of modern neural networks") with a bias: a network that knows
     its training sequences by heart prefers some classes on others, and what that costs grows with the length of the
     windows, as a mean over more positions leaves less noise to hide it.

@@ -256,6 +256,12 @@ class DNANetwork(Network):
         Raises:
             UserError: a file cannot be read, or a sequence holds other letters.
         """
+        if not isinstance(source, Path | str | list | tuple):
+            raise UserError(
+                f"cannot read a {type(source).__name__}: give a sequence, a list of sequences, or the path of a file"
+            )
+        if source == "":
+            raise UserError("the sequence is empty: give IUPAC letters, or the path of a file")
         if isinstance(source, Path) or (isinstance(source, str) and not is_sequence(source)):
             trained_bp = self.trained_on.get("window_bp")
             window_bp = (trained_bp if window_bp is None else window_bp) or None

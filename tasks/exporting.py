@@ -53,6 +53,15 @@ def export(
     return folder
 
 
+def refuse_to_replace(folder: str | Path, checkpoint: str | Path) -> None:
+    """Raise UserError where a new checkpoint would take the place of the one that it is made of."""
+    source = Path(checkpoint) if Path(checkpoint).is_file() else hub.resolve(checkpoint)
+    if Path(folder).exists() and Path(folder).resolve() == source.resolve():
+        raise UserError(
+            f"{folder} is the checkpoint that is read: its metrics and pictures would be lost; choose another folder"
+        )
+
+
 def export_loaded(
     loaded: Loaded,
     folder: str | Path,

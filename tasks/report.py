@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from seqssm.errors import UserError
-from seqssm.files import atomic_write
+from seqssm.files import atomic_write, make_folder
 from seqssm.tasks.evaluation import Resampler, Scores, score
 from seqssm.tasks.multilabel import score_multilabel
 
@@ -268,10 +267,7 @@ def save(report: Report, folder: Path | str, figures: Mapping[str, bytes] | None
         counts = np.asarray(confusion["counts"])
         files["confusion.png"] = confusion_matrix_png(counts, confusion["classes"], item=report["item"])
     files |= figures or {}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make {folder}: {error.strerror or error}; choose another output folder") from error
+    make_folder(folder)
     for name, content in files.items():
         with atomic_write(folder / name, "wb") as file:
             file.write(content)

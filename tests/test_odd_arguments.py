@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from seqssm import hub
 from seqssm.cli import main
 
 SEQUENCE = "ACGTTGCAAC" * 20
@@ -67,6 +68,7 @@ def test_classify_refuses(
         ("transcribe", ["--threads", "100000"]),
         ("evaluate", ["--device", "nowhere"]),  # was taken for the CPU in silence
         ("calibrate", ["folder", "--window-bp", "0"]),
+        ("evaluate", ["--seed", "-1"]),
     ],
 )
 def test_numbers_that_make_no_sense_are_refused(command: str, args: list[str], capsys: pytest.CaptureFixture) -> None:
@@ -190,3 +192,80 @@ def test_a_named_pipe_is_heard_live(tmp_path: Path) -> None:
         assert heard.returncode == 0, heard.stderr
         told.append((heard.stdout, heard.stderr.splitlines()[-1]))
     assert told[0] == told[1]
+
+
+def test_a_recording_is_not_written_over_and_what_was_written_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    import numpy as np
+    import soundfile
+
+    sound = tmp_path / "sound.wav"
+    soundfile.write(sound, 0.1 * np.random.default_rng(0).standard_normal(16000), 16000)
+    before = sound.read_bytes()
+    for command in ("tag", "transcribe"):
+        assert main([command, str(sound), "-o", str(sound)]) == 2
+        assert "is a file that is read" in complaint(capsys)
+        assert main([command, str(sound), "--rate", "8000"]) == 2
+        assert "--rate is of raw PCM" in complaint(capsys)
+        out = tmp_path / f"{command}.txt"
+        assert main([command, str(sound), "-o", str(out)]) == 0
+        assert capsys.readouterr().err.splitlines()[-1] == f"seqssm: wrote {out}"
+        assert out.exists()
+    assert main(["tag", str(sound), "--events", "--folder", str(tmp_path)]) == 0
+    told = capsys.readouterr().err.splitlines()[-1].removeprefix("seqssm: wrote ").split(", ")
+    assert sorted(map(Path, told)) == sorted(tmp_path.glob("sound.events.*"))
+    assert len(told) == 3
+    assert main(["transcribe", str(sound), "--folder", str(tmp_path / "new"), "--format", "srt"]) == 0
+    assert capsys.readouterr().err.splitlines()[-1] == f"seqssm: wrote {tmp_path / 'new' / 'sound.srt'}"
+    assert sound.read_bytes() == before
+
+
+def test_a_checkpoint_does_not_replace_itself(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    copy = tmp_path / "copy"
+    assert main(["hub", "pull", str(hub.shipped()["dna-zymoseptoria"]), str(copy)]) == 0
+    before = {path.name: path.read_bytes() for path in copy.iterdir()}
+    assert "metrics.json" in before
+    for args in (["checkpoints", "export", str(copy), f"{copy}/."], ["calibrate", str(copy), str(copy)]):
+        assert main(args) == 2
+        assert "its metrics and pictures would be lost" in complaint(capsys)
+    assert {path.name: path.read_bytes() for path in copy.iterdir()} == before
+
+
+def test_a_calibration_without_errors_to_learn_from_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """One scale after another would be better: what was written had logits times 350."""
+    import numpy as np
+
+    rng, rows = np.random.default_rng(0), []
+    for i in range(80):
+        weights = [0.45, 0.05, 0.05, 0.45] if i % 2 else [0.05, 0.45, 0.45, 0.05]
+        rows.append(f"{''.join(rng.choice(list('ACGT'), 60, p=weights))},{i % 2}")
+    (tmp_path / "easy.csv").write_text("sequence,label\n" + "\n".join(rows) + "\n")
+    (tmp_path / "config.yaml").write_text(f"""
+trainer:
+  max_epochs: 8
+  accelerator: cpu
+  enable_progress_bar: false
+  logger: {{class_path: CSVLogger, init_args: {{save_dir: {tmp_path}, name: null, version: run}}}}
+model:
+  class_path: DNAClassification
+  init_args: {{backbone: {{d_model: 16, n_layers: 1, backend: torch}}, optimizer: {{lr: 0.02}}}}
+data:
+  class_path: DNADataModule
+  init_args: {{path: {tmp_path}/easy.csv, batch_size: 8, split_fractions: {{train: 0.5, val: 0.5}}}}
+""")
+    assert main(["fit", "--config", str(tmp_path / "config.yaml")]) == 0
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").glob("*.ckpt")
+    assert main(["calibrate", str(checkpoint), str(tmp_path / "calibrated"), "--device", "cpu"]) == 2
+    assert "validation windows come out right, so that the log loss falls for ever" in complaint(capsys)
+    assert not (tmp_path / "calibrated").exists()
+
+
+def test_what_takes_hours_is_not_begun_where_it_cannot_be_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert main(["evaluate", "--checkpoint", "nowhere", "-o", str(tmp_path / "file")]) == 2
+    assert "cannot write in" in complaint(capsys)
+    assert main(["plan", "-c", "dna/fasta", "--", "--data.path", str(tmp_path / "none.fa")]) == 2
+    assert "none.fa does not exist" in complaint(capsys)

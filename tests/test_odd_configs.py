@@ -43,7 +43,7 @@ BAD = {
     "seed of the data": (["--data.seed", "-1"], "seed is -1: it must not be negative"),
     "guard": (["--data.guard_bp", "-1"], "guard_bp is -1: it must not be negative"),
     "seed": (["--seed_everything", "-1"], "seed_everything: -1 is not in bounds"),
-    "rate": (["--model.optimizer.lr", "-1"], "optimizer.lr is -1.0: it must be positive"),
+    "rate": (["--model.optimizer.lr", "-1"], "optimizer.lr is -1.0: it must not be negative"),
     "decay": (["--model.optimizer.weight_decay", "-1"], "optimizer.weight_decay is -1.0: it must not be negative"),
     "warm-up": (["--model.optimizer.warmup_fraction", "3"], "optimizer.warmup_fraction is 3.0: it must lie between"),
     "dropout": (["--model.backbone.dropout", "2"], "dropout lie between 0 and 1"),

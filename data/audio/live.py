@@ -11,7 +11,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from seqssm.data.audio.reading import LOUDEST
+from seqssm.data.audio.reading import LOUDEST, MOST_CHANNELS
 from seqssm.data.resampling import check_rate
 from seqssm.errors import UserError
 
@@ -82,8 +82,8 @@ class LiveAudio:
             raise UserError(f"{name} is raw PCM, not WAV: say its sample rate (--rate), and --channels and --encoding")
         if encoding not in ENCODINGS:
             raise UserError(f"{name}: unknown encoding {encoding!r}; choose among {', '.join(ENCODINGS)}")
-        if not 1 <= channels <= 256:
-            raise UserError(f"{name}: {channels} channels; 1 to 256 can be read")
+        if not 1 <= channels <= MOST_CHANNELS:
+            raise UserError(f"{name}: {channels} channels; 1 to {MOST_CHANNELS} can be read")
         check_rate(rate, name)
         self.rate, self.channels, self.encoding = rate, channels, encoding
 

@@ -22,6 +22,7 @@ AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".oga", ".aif", ".ai
 
 # A frame of MP3 needs the bits of frames before it: decoding begins so many samples before those that are wanted.
 MP3_LEAD = 32 * 1152
+MOST_CHANNELS = 256
 LOUDEST = 16.0
 """Of float samples: sound that clips goes a little beyond 1, integers written as floats go far."""
 
@@ -183,12 +184,21 @@ def sound_blocks(source: Sound, rate: int | None = None, seconds: float = 10.0) 
     Raises UserError as `blocks`, or where samples are no finite floats or 16-bit integers, or their rate is not given.
     """
     if isinstance(source, str | Path):
+        if rate is not None:
+            raise UserError(f"{source} says its own sample rate: leave rate out, which is for samples")
         yield from blocks(source, seconds)
         return
-    samples = np.asarray(source)
+    if isinstance(source, bytes | bytearray) or hasattr(source, "read"):
+        raise UserError("give the path of a recording, or its samples and their rate; not the bytes of a file")
     if rate is None:
         raise UserError("samples need their sample rate: predict(samples, rate=16000)")
-    check_rate(rate, "the samples")
+    if isinstance(rate, str):
+        raise UserError(f"a sample rate of {rate!r} is not a number of Hz, such as 16000")
+    rate = check_rate(rate, "the samples")
+    try:
+        samples = np.asarray(source.detach().cpu() if hasattr(source, "detach") else source)
+    except ValueError as error:
+        raise UserError(f"the samples are no array ({error}): give (n,) or (channels, n)") from error
     if samples.dtype == np.int16:
         samples = samples.astype(np.float32) / 32768
     if samples.dtype.kind != "f" or samples.ndim not in (1, 2) or not samples.shape[-1]:
@@ -197,6 +207,11 @@ def sound_blocks(source: Sound, rate: int | None = None, seconds: float = 10.0) 
             f"got {samples.dtype} {samples.shape}"
         )
     samples = np.atleast_2d(samples).astype(np.float32)
+    if len(samples) > MOST_CHANNELS:
+        # soundfile and scipy give (n, channels), which would be taken for thousands of channels of a sample or two.
+        raise UserError(
+            f"samples {samples.shape} have {len(samples):,} channels: give (channels, n), such as samples.T"
+        )
     _check_sound(samples.T, "the array", 0, rate)
     size = max(1, round(seconds * rate))
     for begin in range(0, samples.shape[1], size):

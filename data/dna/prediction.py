@@ -114,7 +114,13 @@ class _Cutter:
 
 
 def window_batches(windows: Iterable[FastaWindow], batch_size: int) -> Iterator[tuple[list[FastaWindow], DNABatch]]:
-    """Groups of windows in order, each with its batch; the labels of the batch are -1."""
+    """Groups of windows in order, each with its batch; the labels of the batch are -1.
+
+    Raises:
+        UserError: `batch_size` is less than 1.
+    """
+    if batch_size < 1:
+        raise UserError(f"batch_size is {batch_size}: it must be at least 1")
     iterator = iter(windows)
     while group := list(islice(iterator, batch_size)):
         yield group, collate([Sample(window.tokens, -1, False) for window in group])
@@ -132,9 +138,11 @@ def sequence_windows(sequences: Iterable[str]) -> Iterator[FastaWindow]:
     """Sequences as windows, each whole, called ``sequence 1`` and so on.
 
     Raises:
-        UserError: one is empty or holds other letters than IUPAC's.
+        UserError: one is empty, no text, or holds other letters than IUPAC's.
     """
     for i, text in enumerate(sequences, 1):
+        if not isinstance(text, str):
+            raise UserError(f"sequence {i} is no text but a {type(text).__name__}: give a str of IUPAC letters")
         try:
             tokens = encode(text)
         except ValueError as error:

@@ -61,6 +61,17 @@ def positive(text: str) -> int:
     return number
 
 
+def seed(text: str) -> int:
+    """A whole number that every generator of random numbers takes."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = -1
+    if not 0 <= number < 2**32:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to {2**32 - 1}")
+    return number
+
+
 def chunk_ms(text: str) -> float:
     """Milliseconds heard at once: more than none, and not so many that a chunk takes all memory."""
     try:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from seqssm.errors import UserError
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -23,5 +25,7 @@ def run(args: argparse.Namespace) -> None:
     from seqssm.kernels.bench import main
     from seqssm.tasks.benchmarks import ClassifierCase, TaggingCase
 
+    if args.seconds is not None and args.seconds <= 0:
+        raise UserError(f"--seconds is {args.seconds:g}: it must be positive")
     options = {"seconds": args.seconds, "peers": not args.no_peers, "memory": not args.no_memory}
     main(args.cases or None, args.json, families=(*CASES, ClassifierCase, TaggingCase), **options)

@@ -34,8 +34,9 @@ def run(args: argparse.Namespace) -> None:
     from seqssm.tasks.base import Loaded, build_task, read_checkpoint
     from seqssm.tasks.calibration import fit_scaling, rescale
     from seqssm.tasks.dna import DNAClassification
-    from seqssm.tasks.exporting import export_loaded
+    from seqssm.tasks.exporting import export_loaded, refuse_to_replace
 
+    refuse_to_replace(args.folder, args.checkpoint)
     loaded = read_checkpoint(args.checkpoint)
     task = build_task(loaded, DNAClassification, args.checkpoint)
     changes: dict[str, Any] = {"eval_windows": None}
@@ -61,6 +62,11 @@ def run(args: argparse.Namespace) -> None:
         return float((nll * weights).sum() / weights.sum())
 
     scale, bias = fit_scaling(logits, labels, weights)
+    if bool(((scale * logits + bias).argmax(1) == labels).all()):
+        raise UserError(
+            f"all of the {len(labels)} validation windows come out right, so that the log loss falls for ever as the "
+            "scale grows: hold out more windows, or ones that are harder"
+        )
     rescale(task.cpu(), scale, bias)
     print(
         f"log loss on {len(labels)} validation windows {loss(logits):.4f} -> {loss(scale * logits + bias):.4f}: logits "

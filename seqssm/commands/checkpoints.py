@@ -117,13 +117,14 @@ def _product(shape: list[int]) -> int:
 
 
 def _export(args: argparse.Namespace) -> None:
-    from seqssm.tasks.exporting import export
+    from seqssm.tasks.exporting import export, refuse_to_replace
 
     notes = _text(args.notes) if args.notes else None
     try:
         metrics = json.loads(_text(args.metrics)) if args.metrics else None
     except ValueError as error:
         raise UserError(f"{args.metrics}: not JSON ({error}); write it with `seqssm evaluate`") from error
+    refuse_to_replace(args.folder, args.checkpoint)
     folder = export(
         args.checkpoint, args.folder, half=args.half, tolerance=args.tolerance, notes=notes, metrics=metrics
     )

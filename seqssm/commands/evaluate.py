@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from seqssm.cli import config_section
-from seqssm.commands.arguments import add_accelerator_argument, positive
+from seqssm.commands.arguments import add_accelerator_argument, positive, seed
 from seqssm.commands.parsing import one_line
 from seqssm.commands.transcribe import add_decoding_arguments, add_stream_arguments
 from seqssm.errors import UserError
+from seqssm.files import make_folder
 from seqssm.tasks.asr_network import ASRNetwork
 from seqssm.tasks.dna_network import DNANetwork
 from seqssm.tasks.network import Loaded, Network, add_checkpoint_argument, checkpoint_or_default
@@ -37,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--batch-size", type=positive, help="windows or clips a forward pass; default: as trained")
     add_accelerator_argument(parser)
-    parser.add_argument("--seed", type=int, default=0, help="of the baselines and the bootstrap (default: 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="of the baselines and the bootstrap (default: 0)")
     _add_tagger_arguments(parser)
     _add_recogniser_arguments(parser)
 
@@ -86,6 +87,8 @@ def run(args: argparse.Namespace) -> None:
     from seqssm.commands.evaluate_synthetic import evaluate_synthetic, is_synthetic
     from seqssm.tasks.base import read_checkpoint, task_class
 
+    if args.output is not None:
+        make_folder(args.output)  # what it is about may take hours
     args.checkpoint = checkpoint_or_default(args.checkpoint, _network_for(args.data))
     loaded = read_checkpoint(args.checkpoint)
     if evaluate_asr.is_asr(loaded):

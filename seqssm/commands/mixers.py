@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", type=arguments.positive, default=8, help="layers of each model")
     parser.add_argument("--width", type=arguments.positive, default=128, help="width of each model")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate of each model")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and windows")
+    parser.add_argument("--seed", type=arguments.seed, default=0, help="of weights and windows")
     parser.add_argument(
         "--device", type=arguments.device, help="such as cuda or cpu; default: a GPU where there is one"
     )

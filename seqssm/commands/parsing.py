@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from seqssm.errors import UserError
 
 SHOWS = "`--print_config` shows every setting"
 _LAYOUT = (
@@ -22,6 +26,25 @@ _LAYOUT = (
 )
 """Beginnings of lines that say how the parser went about it; what was wrong stands in the others."""
 _KEY = re.compile(r'Parser key "([^"]*)":')
+
+
+@contextmanager
+def said_clearly() -> Iterator[None]:
+    """Turns what the parser, and Lightning of the trainer's settings, say of a config into a UserError of one line."""
+    from jsonargparse import ArgumentError
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+    try:
+        yield
+    except ArgumentError as error:
+        raise UserError(one_line(str(error.message))) from error
+    except MisconfigurationException as error:
+        raise UserError(" ".join(str(error).split())) from error
+    except ValueError as error:
+        # The parser wraps what the data says while its class names are handed to the model.
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
+        raise
 
 
 def one_line(message: str) -> str:

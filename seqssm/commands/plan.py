@@ -40,20 +40,17 @@ def run(args: argparse.Namespace) -> int:
     import math
     import warnings
 
-    from jsonargparse import ArgumentError
     from rich.console import Console
     from rich.table import Table
 
-    from seqssm.commands.parsing import one_line
+    from seqssm.commands.parsing import said_clearly
     from seqssm.commands.trainer import TaskCLI
     from seqssm.longcontext.planning import make_plan, measure
 
     # The arguments are handed over explicitly, whatever sys.argv holds.
     warnings.filterwarnings("ignore", message="LightningCLI.s args parameter.*")
-    try:
+    with said_clearly():
         cli = TaskCLI(_arguments(args), run=False)
-    except ArgumentError as error:
-        raise UserError(one_line(str(error.message))) from error
     trainer, task, data = cli.trainer, cli.model, cli.datamodule
     device = trainer.strategy.root_device
     length, multiple, unit = _length(args.length, task, data)

@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from seqssm.commands.arguments import add_device_argument, chunk_ms, positive
+from seqssm.commands.arguments import add_device_argument, chunk_ms, positive, seed
 from seqssm.commands.transcribe import add_decoding_arguments, add_stream_arguments, decoding_config, set_threads
 from seqssm.errors import UserError
 from seqssm.tasks.asr_network import ASRNetwork
@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     load.add_argument("--load-sound", type=Path, help="a recording or a folder of some to say; default: noise")
     load.add_argument("--packet-ms", type=float, default=100.0, help="of their packets (default: 100)")
     load.add_argument("--url", help="of a server that runs already, such as ws://localhost:8000/stream")
-    load.add_argument("--seed", type=int, default=0, help="of the load test")
+    load.add_argument("--seed", type=seed, default=0, help="of the load test")
 
 
 def run(args: argparse.Namespace) -> int:

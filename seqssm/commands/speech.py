@@ -10,6 +10,7 @@ import os
 import random
 from pathlib import Path
 
+from seqssm.commands.arguments import seed
 from seqssm.errors import UserError
 
 
@@ -34,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--voices", help="PROGRAM:VOICE between commas, such as espeak-ng:de+f2; default: English ones of both programs"
     )
     synthesise.add_argument("--workers", type=int, default=os.cpu_count(), help="programs at once (default: a core's)")
-    synthesise.add_argument("--seed", type=int, default=0, help="of sentences, voices, speeds and levels (default: 0)")
+    synthesise.add_argument("--seed", type=seed, default=0, help="of sentences, voices, speeds and levels (default: 0)")
 
 
 def _add_sources(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +43,7 @@ def _add_sources(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--extra", type=Path, action="append", default=[], help="more of the kind, for train alone")
     parser.add_argument("--text", type=Path, action="append", default=[], help="a file with a sentence a line")
     parser.add_argument(
-        "--split-seed", type=int, default=0, help="data.seed of the training: what it holds out (default: 0)"
+        "--split-seed", type=seed, default=0, help="data.seed of the training: what it holds out (default: 0)"
     )
 
 

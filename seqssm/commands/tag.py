@@ -25,7 +25,7 @@ from seqssm.commands.interrupts import until_interrupted
 from seqssm.data.audio.live import ENCODINGS, LiveAudio, standard_input
 from seqssm.data.audio.reading import blocks, cut_off, open_audio
 from seqssm.errors import UserError
-from seqssm.files import atomic_write
+from seqssm.files import atomic_write, make_folder, refuse_to_overwrite
 from seqssm.tasks.events import FORMATS, Change, EventWriter, ended
 from seqssm.tasks.network import add_checkpoint_argument, checkpoint_or_default, class_path, load_network
 from seqssm.tasks.tag_report import Overview, overview_png, playable, report_html
@@ -76,6 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    refuse_to_overwrite(args.output, args.files, "--output")
     if args.events or args.report:
         _check_names(args.files, args.folder)
     if args.threads or args.live:
@@ -88,6 +89,8 @@ def run(args: argparse.Namespace) -> None:
         return
     if "-" in args.files:
         raise UserError("- is read with --live")
+    if args.rate is not None:
+        raise UserError("--rate is of raw PCM, which is read with --live: recordings say their own")
     skipped = []
     output = nullcontext(sys.stdout) if args.output is None else atomic_write(args.output)
     with output as out:
@@ -105,6 +108,8 @@ def run(args: argparse.Namespace) -> None:
             raise UserError(f"none of the {len(skipped)} files could be read")
     if skipped:
         _note(f"skipped {len(skipped)} of {len(args.files)} files")
+    if args.output is not None:
+        _note(f"wrote {args.output}")
 
 
 def _causal_default() -> str | None:
@@ -123,10 +128,7 @@ def _check_names(files: list[str], folder: Path) -> None:
     twice = next((stem for stem in stems if stems.count(stem) > 1), None)
     if twice is not None:
         raise UserError(f"two recordings are called {twice}: their events and reports would overwrite each other")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make {folder}: {error.strerror or error}; choose another --folder") from error
+    make_folder(folder, "--folder")
 
 
 def _note(text: str) -> None:
@@ -219,6 +221,9 @@ def _tag_file(args: argparse.Namespace, network: TaggingNetwork, path: Path) -> 
             file.write(png)
         with atomic_write(args.folder / f"{path.stem}.html") as file:
             file.write(page)
+    kinds = [f"events.{form}" for form in FORMATS if args.events] + ["html", "png"] * args.report
+    if kinds:
+        _note(f"wrote {', '.join(str(args.folder / f'{path.stem}.{kind}') for kind in kinds)}")
     if seconds >= 60:
         _note(f"{path}: {seconds:,.1f} s heard in {spent:.1f} s (real-time factor {spent / seconds:.4f})")
     return tags
@@ -232,6 +237,8 @@ def _live(args: argparse.Namespace, network: TaggingNetwork) -> None:
         raise UserError("--live listens to one stream: give - or one file")
     if args.report:
         raise UserError("--report needs the whole recording: tag it again without --live once it has ended")
+    if args.output is not None:
+        raise UserError("--output is for the tags of files: with --live, redirect standard output, or write --events")
     (name,) = args.files
     options: dict[str, Any] = {"rate": args.rate, "channels": args.channels, "encoding": args.encoding}
     with ExitStack() as stack:
@@ -251,6 +258,9 @@ def _live(args: argparse.Namespace, network: TaggingNetwork) -> None:
         _tell(listener.detector.flush(), write, args.jsonl)
     for complaint in audio.complaints():
         _note(f"{audio.name}: {complaint}")
+    if args.events:
+        stem = "stdin" if name == "-" else Path(name).stem
+        _note(f"wrote {', '.join(str(args.folder / f'{stem}.events.{form}') for form in FORMATS)}")
     for label, p, threshold in listener.tags(args.top_k):
         _note(f"of all that was heard: {label} {p:.4f} (threshold {threshold:.4f})")
 

@@ -26,7 +26,7 @@ from seqssm.commands.interrupts import until_interrupted
 from seqssm.data.audio.live import ENCODINGS, LiveAudio, standard_input
 from seqssm.data.audio.reading import blocks, open_audio
 from seqssm.errors import UserError
-from seqssm.files import atomic_write
+from seqssm.files import atomic_write, make_folder, refuse_to_overwrite
 from seqssm.tasks.asr_decoding import METHODS, DecodingConfig, decoders
 from seqssm.tasks.asr_network import ASRNetwork
 from seqssm.tasks.asr_stream import Transcriber
@@ -158,13 +158,17 @@ def run(args: argparse.Namespace) -> None:
             raise UserError(f"none of the {len(skipped)} files could be read")
     if skipped:
         _note(f"skipped {len(skipped)} of {len(args.files)} files")
+    _tell_written(args, [name for name in args.files if name not in skipped])
 
 
 def _check(args: argparse.Namespace) -> None:
     if "-" in args.files and len(args.files) > 1:
         raise UserError("- is a live stream: give it alone")
+    refuse_to_overwrite(args.output, args.files, "--output")
     if args.output is not None and args.folder is not None:
         raise UserError("--output is one file, --folder has one for each recording: give one of them")
+    if args.rate is not None and args.files != ["-"]:
+        raise UserError("--rate is of raw PCM from standard input: recordings say their own; give - in place of files")
     if args.partials and args.files != ["-"]:
         raise UserError("--partials are for a live stream: give - in place of files")
     if args.folder is None and len(args.files) > 1 and args.format in ("srt", "vtt"):
@@ -174,10 +178,7 @@ def _check(args: argparse.Namespace) -> None:
         twice = next((stem for stem in stems if stems.count(stem) > 1), None)
         if twice is not None:
             raise UserError(f"two recordings are called {twice}: their transcripts would overwrite each other")
-        try:
-            args.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot make {args.folder}: {error.strerror or error}; choose another --folder") from error
+        make_folder(args.folder, "--folder")
 
 
 def _total_s(files: list[str]) -> float:
@@ -187,6 +188,14 @@ def _total_s(files: list[str]) -> float:
         with suppress(UserError), open_audio(Path(name)) as file:
             seconds += file.frames / file.samplerate
     return seconds
+
+
+def _tell_written(args: argparse.Namespace, names: list[str]) -> None:
+    if args.output is not None:
+        _note(f"wrote {args.output}")
+    elif args.folder is not None:
+        stems = ("stdin" if name == "-" else Path(name).stem for name in names)
+        _note(f"wrote {', '.join(str(args.folder / f'{stem}.{SUFFIXES[args.format]}') for stem in stems)}")
 
 
 def _note(text: str) -> None:
@@ -279,6 +288,7 @@ def _live(args: argparse.Namespace, transcriber: Callable[[int], Transcriber]) -
                 write(asr.finish())
     for complaint in audio.complaints():
         _note(f"{audio.name}: {complaint}")
+    _tell_written(args, ["-"])
 
 
 def _tell_partial(result: Result) -> None:

@@ -386,8 +386,10 @@ def resolve(name: str | Path) -> Path:
     Raises:
         UserError: neither.
     """
-    if Path(name).is_dir():
-        return Path(name)
+    if not str(name):
+        raise UserError("the name of the checkpoint is empty: give a shipped name, a folder or a Lightning .ckpt")
+    if Path(name).is_dir() and ((Path(name) / CONFIG).exists() or str(name) not in shipped()):
+        return Path(name)  # a folder that only happens to be called like a shipped checkpoint is none
     if ".." in Path(name).parts and _NAME.fullmatch(str(name).split("/")[0]):
         raise UserError(f"{name}: a name cannot have .. in it; give the path of a folder that is there")
     known = shipped()

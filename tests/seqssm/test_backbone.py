@@ -300,8 +300,8 @@ def test_backend_reaches_every_mixer():
     backbone = make("m2sa", bidirectional="untied", backend="reference")
     mixers = [backbone.blocks[0].mixer.forward_mixer, backbone.blocks[1].mixer.backward_mixer, backbone.blocks[3].mixer]
     assert [mixer.backend for mixer in mixers] == ["reference"] * 3
-    with pytest.raises(ValueError, match="no-such"):
-        make(backend="no-such")(inputs(dtype=torch.float32))
+    with pytest.raises(UserError, match=r"backbone\.backend must be auto or one of reference, .*got 'no-such'"):
+        make(backend="no-such")
 
 
 def test_config_round_trip():

@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -298,6 +299,14 @@ def test_names_resolve(saved, tmp_path, monkeypatch):
     hub.save(tmp_path / "pretrained" / "dna-small", config_of(make()), make().state_dict())
     assert hub.shipped() == {"dna-small": tmp_path / "pretrained" / "dna-small"}
     assert hub.resolve("dna-small") == tmp_path / "pretrained" / "dna-small"
+    # A folder of data that is called like a shipped checkpoint does not stand in its way; a checkpoint there does.
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dna-small").mkdir()
+    assert hub.resolve("dna-small") == tmp_path / "pretrained" / "dna-small"
+    (tmp_path / "dna-small" / "config.json").write_text("{}")
+    assert hub.resolve("dna-small") == Path("dna-small")
+    with pytest.raises(UserError, match="the name of the checkpoint is empty"):
+        hub.resolve("")
 
 
 # ---- weights from transformers -------------------------------------------------------------------------------------

@@ -261,9 +261,21 @@ def test_sequences_and_files_are_labelled(tmp_path: Path) -> None:
     assert alone[0].probabilities == pytest.approx(whole[0].probabilities, abs=1e-6)
     assert alone[1].probabilities == pytest.approx(rows[0].probabilities, abs=1e-6)
     assert network.predict(text) == network.predict([text])
-    for bad, words in (([""], "sequence 1 is empty"), (["AC", "A-C"], "sequence 2: '-'"), ("no/file.fa", "does not")):
+    for bad, words in (
+        ([""], "sequence 1 is empty"),
+        (["AC", "A-C"], "sequence 2: '-'"),
+        ("no/file.fa", "does not"),
+        ("", "the sequence is empty"),
+        (b"ACGT", "cannot read a bytes: give a sequence"),
+        ({"name": "ACGT"}, "cannot read a dict"),  # its keys were taken for sequences
+        (["ACGT", 3], "sequence 2 is no text but a int"),
+    ):
         with pytest.raises(UserError, match=words):
             network.predict(bad)
+    with pytest.raises(UserError, match="batch_size is 0: it must be at least 1"):  # answered nothing
+        network.predict(text, batch_size=0)
+    with pytest.raises(UserError, match="device 'gpu' cannot be used here"):
+        seqssm.load(folder, "gpu")
 
 
 def test_recordings_and_arrays_are_tagged(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -277,8 +289,9 @@ def test_recordings_and_arrays_are_tagged(tmp_path: Path, capsys: pytest.Capture
     assert tags.present == [
         name for name, p in tags.probabilities.items() if p >= network.thresholds["xyz".index(name)]
     ]
-    for array in (samples, torch.from_numpy(samples), np.stack([samples, samples])):
-        assert network.predict(array, RATE).probabilities == pytest.approx(tags.probabilities, abs=1e-6)
+    wanting_gradients = torch.from_numpy(samples).requires_grad_()
+    for array in (samples, torch.from_numpy(samples), wanting_gradients, np.stack([samples, samples])):
+        assert network.predict(array, float(RATE)).probabilities == pytest.approx(tags.probabilities, abs=1e-6)
     # The command says the same.
     assert main(["tag", str(tmp_path / "a.wav"), "--checkpoint", str(folder), "--top-k", "3"]) == 0
     rows = [line.split("\t") for line in capsys.readouterr().out.splitlines()[1:]]
@@ -289,6 +302,11 @@ def test_recordings_and_arrays_are_tagged(tmp_path: Path, capsys: pytest.Capture
         (np.zeros((2, 3, 4), np.float32), RATE, r"\(2, 3, 4\)"),
         (np.zeros(5, np.int64), RATE, "int64"),
         (tmp_path / "none.wav", None, "does not exist"),
+        (samples[:, None], RATE, r"\(24000, 1\) have 24,000 channels: give \(channels, n\)"),  # as soundfile gives them
+        (tmp_path / "a.wav", 8000, "says its own sample rate: leave rate out"),
+        (samples, "16k", "a sample rate of '16k' is not a number"),
+        ((tmp_path / "a.wav").read_bytes(), RATE, "not the bytes of a file"),
+        ([[0.1, 0.2], [0.3]], RATE, "the samples are no array"),
     ):
         with pytest.raises(UserError, match=words):
             network.predict(bad, rate)
