@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 BACKENDS = ("reference", "torch", "numba", "triton")
 _MODULES = {"torch": "vectorized", "numba": "cpu", "triton": "triton"}
@@ -61,6 +62,8 @@ def differentiable(
     eager_function: Any = type(name, (torch.autograd.Function,), members)
 
     def call(*inputs):  # type: ignore[no-untyped-def]
+        if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+            _refuse_forward_mode(inputs)
         if not _eager(inputs):
             return operator(*inputs)
         if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
@@ -100,6 +103,13 @@ def gradients_like(inputs: Sequence[Tensor | None], gradients: Sequence[Tensor |
 
 def _refuse_second_derivative(*_: object) -> None:
     raise NotImplementedError("the kernels have no second derivative: use backend='reference' for one")
+
+
+def _refuse_forward_mode(inputs: Sequence[object]) -> None:
+    """Torch itself drops a tangent that an operator knows nothing of, and gives zeros for the derivative."""
+    for x in inputs:
+        if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None:
+            raise NotImplementedError("the kernels have no forward-mode derivative: use backend='reference' for one")
 
 
 def _eager(inputs: Sequence[object]) -> bool:

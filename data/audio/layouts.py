@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
@@ -82,6 +82,7 @@ def table_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     try:
         with open_text(path) as file:
             reader = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
+            check_header(path, reader.fieldnames)
             for row in reader:
                 if None in row or None in row.values():
                     raise UserError(
@@ -91,6 +92,14 @@ def table_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
                 yield reader.line_num, {key.strip(): value.strip() for key, value in row.items()}
     except (csv.Error, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not a readable table ({error}): save it as CSV in UTF-8") from error
+
+
+def check_header(path: Path, names: Sequence[str] | None) -> None:
+    """Raise UserError where a table names a column twice: the cells of one of them would be lost."""
+    stripped = [name.strip() for name in names or ()]
+    twice = next((name for name in stripped if name and stripped.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(f"{path} names the column {twice!r} twice: rename one of them")
 
 
 def column(row: dict[str, str], names: tuple[str, ...], default: str = "") -> str:
@@ -111,6 +120,8 @@ def seconds(text: str, where: str) -> float | None:
 
 def inside(root: Path, cell: str, base: Path, where: str) -> Path:
     """The file a table names, which must lie below the root."""
+    if not cell or "\0" in cell:
+        raise UserError(f"{where}: {cell!r} is no name of a file: correct the path, or remove the row")
     path = base / cell
     if not path.resolve().is_relative_to(root.resolve()):
         raise UserError(f"{where}: {cell} lies outside of {root}: correct the path, or set root to a folder above it")

@@ -117,11 +117,13 @@ def _list_csv(layout: AudioLayout) -> ClipList:
     if table is None:
         raise UserError(f"{layout.path} has no single table of clips (clips.csv): set path to the table itself")
     rows = list(table_rows(table))
-    columns = list(rows[0][1]) if rows else []
+    if not rows:
+        raise UserError(f"{table} has no rows: give a header line and a row a clip")
+    columns = list(rows[0][1])
     label_column = layout.label_column or next((c for c in ("labels", "label") if c in columns), None)
     if layout.path_column not in columns or label_column is None or label_column not in columns:
         wanted = f"{layout.path_column!r} and {layout.label_column or 'label'!r} (or 'labels')"
-        found = ", ".join(columns) or "nothing"
+        found = ", ".join(columns)
         raise UserError(f"{table} needs columns {wanted}, it has {found}: set path_column or label_column")
     if layout.group_column is not None and layout.group_column not in columns:
         raise UserError(f"{table} has no column {layout.group_column!r} (group_column), only {', '.join(columns)}")

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from seqssm.data.audio.layouts import AudioLayout, Clip, inside, open_text, seconds
+from seqssm.data.audio.layouts import AudioLayout, Clip, check_header, inside, open_text, seconds
 from seqssm.data.audio.published import list_speech_commands
 from seqssm.data.splitting import split_name
 from seqssm.errors import UserError
@@ -173,6 +173,7 @@ def _table_rows(path: Path, suffix: str) -> Iterator[tuple[str, dict[str, str]]]
             reader = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
         else:
             reader = csv.DictReader(file, strict=True)
+        check_header(path, reader.fieldnames)
         for row in reader:
             where = f"{path} line {reader.line_num}"
             if None in row or None in row.values():

@@ -72,8 +72,11 @@ def test_a_table_with_parts_labels_sources_folds_and_splits(tmp_path: Path) -> N
         ("path,label\na.wav,dog\nb.wav,\n", r"b\.wav has no label \(1 such"),
         ("path,label\na.wav,dog,extra\n", "line 2 has another number of columns"),
         ("file,label\na.wav,dog\n", "needs columns 'path' and 'label'"),
-        ("path,label\n", "needs columns|holds no clips"),
-        ("", "needs columns"),
+        ("path,label\n", "has no rows: give a header line and a row a clip"),
+        ("", "has no rows"),
+        ("path,label,label\na.wav,dog,cat\n", "names the column 'label' twice"),
+        ("path,label\n,dog\n", "line 2: '' is no name of a file"),
+        ("path,label\na\0.wav,dog\n", r"line 2: 'a\\x00.wav' is no name of a file"),
     ],
 )
 def test_bad_tables(tmp_path: Path, text: str, message: str) -> None:

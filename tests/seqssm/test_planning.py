@@ -72,6 +72,6 @@ def test_plan_command_checks_itself(capsys: pytest.CaptureFixture) -> None:
 
 def test_plan_command_refuses(capsys: pytest.CaptureFixture) -> None:
     assert main(["plan", "--config", "dna/quickstart", "--length", "0"]) == 2
-    assert "--length must be positive" in capsys.readouterr().err
+    assert "--length: '0' is not a whole number from 1 on" in capsys.readouterr().err
     assert main(["plan", "--config", "dna/quickstart", "--", "--model.backbone.d_modell", "3"]) == 2
     assert "d_modell" in capsys.readouterr().err
