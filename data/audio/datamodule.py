@@ -143,7 +143,6 @@ class AudioTaggingDataModule(RecordingsDataModule[SplitClips, TrainingClips, Aud
         self._listing: ClipList | None = None
         self._labels: list[str] | None = None
         self._store: ClipStore | None = None
-        self._left_out: dict[str, int] = {}
         self._on_device: DeviceClips | None = None
         self._split_said = ""
 

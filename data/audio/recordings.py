@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
@@ -56,6 +57,7 @@ class RecordingsDataModule(LightningDataModule, Generic[Split, Training, Said]):
         self._splits: dict[str, Split] = {}
         self._features: FeatureConfig | None = None
         self._reported = False
+        self._left_out: Counter[str] = Counter()
 
     @abstractmethod
     def _divided(self) -> dict[str, Split]:
@@ -80,7 +82,7 @@ class RecordingsDataModule(LightningDataModule, Generic[Split, Training, Said]):
             if config.mean is None:
                 train = self._divided().get("train")
                 if train is None:
-                    raise UserError(f"{self.path} has no train split: set features.mean and features.std")
+                    raise UserError(f"{self.path} {self._without_train()}: set features.mean and features.std")
                 config = with_statistics(config, train.store, train.numbers.tolist())
             self._features = config
         return self._features
@@ -119,8 +121,13 @@ class RecordingsDataModule(LightningDataModule, Generic[Split, Training, Said]):
 
     def _train(self) -> Training:
         if self.train is None:
-            raise UserError(f"{self.path}: the split leaves nothing to train on")
+            raise UserError(f"{self.path} {self._without_train()}: change the split, or what is left out")
         return self.train
+
+    def _without_train(self) -> str:
+        """What is wrong where there is nothing to train on, in words."""
+        reasons = [f"{count:,} {reason}" for reason, count in self._left_out.items() if count]
+        return "has nothing to train on" + (f", {', '.join(reasons)} being left out" if reasons else "")
 
     def _split(self, name: str) -> Split:
         splits = self._divided()

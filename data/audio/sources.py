@@ -96,8 +96,11 @@ def recognise(path: Path) -> str:
 def _recognise_table(path: Path) -> str:
     if path.suffix.lower() not in TABLE_SUFFIXES:
         raise UserError(f"{path} is neither a folder nor a table (.csv, .tsv): set path to one of these")
-    with open_text(path) as file:
-        first = [line for _, line in zip(range(3), file, strict=False)]
+    try:
+        with open_text(path) as file:
+            first = [line for _, line in zip(range(3), file, strict=False)]
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not a readable table ({error}): save it as CSV in UTF-8") from error
     header = first[0] if first else ""
     if header.startswith("#") and any("YTID" in line for line in first):
         return "audioset"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -143,7 +142,6 @@ class SpeechDataModule(RecordingsDataModule[SplitUtterances, TrainingBatches, Sp
             seed=seed,
         )
         self.text: TextConfig = settings["text"]
-        self._left_out: Counter[str] = Counter()
         self._listing: UtteranceList | None = None
         self._tokenizer: CharacterTokenizer | SentencePieceTokenizer | None = None
         self._store: ClipStore | None = None

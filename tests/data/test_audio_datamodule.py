@@ -299,7 +299,9 @@ def test_bad_input_is_one_clear_line(table: Path, tmp_path: Path, write: Writer)
     fails("'b' has 0 in test", csv("t.csv", "path,label,split", *one_split), val_fraction=0)
     all_test = [f"{i}.wav,{'ab'[i % 2]},test" for i in range(4)]
     fails(
-        "leaves nothing to train on", csv("u.csv", "path,label,split", *all_test), features=FeatureConfig(mean=0, std=1)
+        "has nothing to train on: change the split",
+        csv("u.csv", "path,label,split", *all_test),
+        features=FeatureConfig(mean=0, std=1),
     )
     two = csv("v.csv", "path,labels", "0.wav,a;b", "1.wav,a")
     fails("has 2 labels .1 such clips., but multi_label is false", two, multi_label=False)

@@ -214,3 +214,9 @@ def test_what_is_no_layout(tmp_path: Path) -> None:
 def test_the_name_of_a_clip_tells_the_part() -> None:
     assert Clip(Path("a.wav"), ()).name == "a.wav"
     assert Clip(Path("a.wav"), (), 1.0, 2.5).name == "a.wav (1-2.5 s)"
+
+
+def test_a_table_in_another_encoding_is_named(tmp_path: Path) -> None:
+    (tmp_path / "clips.csv").write_text("path,label\na.wav,dog\n", encoding="utf-16")
+    with pytest.raises(UserError, match=r"clips\.csv is not a readable table .*: save it as CSV in UTF-8"):
+        list_clips(AudioLayout(tmp_path / "clips.csv"))

@@ -309,6 +309,14 @@ def test_utterances_that_cannot_be_trained_on_are_left_out(corpus: Corpus) -> No
     assert min(int(n) for batch in data.val_dataloader() for n in batch.lengths) == 1
 
 
+def test_where_nothing_is_left_to_train_on_the_reason_is_told(corpus: Corpus) -> None:
+    path = corpus(texts={i: "one " * 60 for i in range(16)})
+    for features in (FEATURES, KNOWN):
+        data = module(path, features=features)
+        with pytest.raises(UserError, match="nothing to train on, 16 train utterances too short for their text being"):
+            data.setup("fit")
+
+
 def test_characters_that_train_lacks(corpus: Corpus) -> None:
     path = corpus(texts={22: "zzz one", 23: "zz x"})
     with pytest.raises(
