@@ -8,9 +8,12 @@ import logging
 import math
 import os
 import shlex
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -52,7 +55,8 @@ def main(args: Sequence[str] | None = None) -> int:
     """
     args = list(sys.argv[1:] if args is None else args)
     try:
-        code = _dispatch(args)
+        with _ended_by_exceptions():
+            code = _dispatch(args)
         if sys.stdout is not None:
             sys.stdout.flush()  # a full disk is told of here, not by the interpreter on its way out
         return code
@@ -73,6 +77,25 @@ def main(args: Sequence[str] | None = None) -> int:
         return _complain(
             f"{'reading or writing failed' if error.filename is None else error.filename}: {error.strerror}"
         )
+
+
+@contextmanager
+def _ended_by_exceptions() -> Iterator[None]:
+    """Have the signals that end a program do so by an exception, after which nothing half-written stays."""
+
+    def end(number: int, _: object) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    changed = {}
+    if threading.current_thread() is threading.main_thread():  # where alone signals arrive
+        for number in (getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP")):
+            if number is not None and signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores SIGHUP
+                changed[number] = signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, before in changed.items():
+            signal.signal(number, before)
 
 
 def _complain(message: str) -> int:

@@ -1,8 +1,10 @@
 """What people type by mistake: one line, exit code 2, nothing lost; and what happens where nobody listens any more."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -269,3 +271,21 @@ def test_what_takes_hours_is_not_begun_where_it_cannot_be_written(
     assert "cannot write in" in complaint(capsys)
     assert main(["plan", "-c", "dna/fasta", "--", "--data.path", str(tmp_path / "none.fa")]) == 2
     assert "none.fa does not exist" in complaint(capsys)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_run_that_is_ended_leaves_nothing_half_written(tmp_path: Path, number: signal.Signals) -> None:
+    rows = "".join(f">{i}\n{SEQUENCE}\n" for i in range(20_000))
+    (tmp_path / "many.fa").write_text(rows)
+    command = [sys.executable, "-m", "seqssm", "classify", "many.fa", "-o", "out.tsv", *WINDOWS]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as running:
+        begin = time.monotonic()
+        while not list(tmp_path.glob(".out.tsv.*")):
+            assert running.poll() is None
+            assert time.monotonic() < begin + 60
+            time.sleep(0.02)
+        running.send_signal(number)
+        _, said = running.communicate(timeout=60)
+    assert running.returncode == 128 + number
+    assert "Traceback" not in said
+    assert os.listdir(tmp_path) == ["many.fa"]

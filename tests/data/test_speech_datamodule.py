@@ -310,7 +310,7 @@ def test_utterances_that_cannot_be_trained_on_are_left_out(corpus: Corpus) -> No
 
 
 def test_where_nothing_is_left_to_train_on_the_reason_is_told(corpus: Corpus) -> None:
-    path = corpus(texts={i: "one " * 60 for i in range(16)})
+    path = corpus(texts=dict.fromkeys(range(16), "one two three four " * 15))
     for features in (FEATURES, KNOWN):
         data = module(path, features=features)
         with pytest.raises(UserError, match="nothing to train on, 16 train utterances too short for their text being"):
