@@ -84,10 +84,17 @@ def test_one_class_a_sequence_trains_without_held_out_data_and_an_earlier_run_is
     (tmp_path / "two.csv").write_text("sequence,label\nACGTTACG,a\nTTTGGGCA,b\n")
     args = [*fit, "--data.path", str(tmp_path / "two.csv"), "--trainer.logger.init_args.save_dir", str(tmp_path)]
     assert main(args) == 0
+    (checkpoint,) = (tmp_path / "once" / "checkpoints").iterdir()
+    assert capsys.readouterr().err.splitlines()[-1] == f"seqssm: wrote {checkpoint}"
     saved = (tmp_path / "once" / "config.yaml").read_bytes()
     assert main([*args, "--trainer.max_epochs", "2"]) == 2
     assert "once/config.yaml is there from an earlier run" in capsys.readouterr().err.splitlines()[-1]
     assert (tmp_path / "once" / "config.yaml").read_bytes() == saved
+
+
+def test_predictions_that_nobody_keeps_are_not_computed(fit: list[str], capsys: pytest.CaptureFixture) -> None:
+    assert main(["predict", *fit[1:], "--trainer.logger", "false"]) == 2
+    assert "seqssm predict keeps nothing by itself: add a BasePredictionWriter" in capsys.readouterr().err
 
 
 def test_a_message_of_one_line_stays_as_it_is() -> None:

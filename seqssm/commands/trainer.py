@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.trainer.states import TrainerStatus
 
@@ -136,18 +137,32 @@ class TaskCLI(LightningCLI):
             if self.trainer.state.status != TrainerStatus.INTERRUPTED:
                 raise
             if subcommand == "fit":
-                callbacks: list[Any] = self.trainer.checkpoint_callbacks
-                saved = [
-                    getattr(one, "last_model_path", "") or getattr(one, "best_model_path", "") for one in callbacks
-                ]
-                last = max(filter(None, saved), key=os.path.getmtime, default="")
+                last = max(self._written(), key=os.path.getmtime, default="")
                 found = (
                     f"go on from its last checkpoint with --ckpt_path {last}" if last else "there is no checkpoint yet"
                 )
                 print(f"seqssm: the run was interrupted: {found}", file=sys.stderr)
             raise KeyboardInterrupt from error
 
+    def _written(self) -> list[str]:
+        """The checkpoints of the run that are there."""
+        callbacks: list[Any] = self.trainer.checkpoint_callbacks
+        paths = [getattr(one, name, "") for one in callbacks for name in ("best_model_path", "last_model_path")]
+        return [path for path in dict.fromkeys(paths) if path and os.path.isfile(path)]
+
+    def before_predict(self) -> None:
+        """Refuse to compute what nobody keeps: Lightning's command drops what comes out."""
+        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+        if not any(isinstance(one, BasePredictionWriter) for one in callbacks):
+            raise UserError(
+                "seqssm predict keeps nothing by itself: add a BasePredictionWriter to trainer.callbacks, or use "
+                "seqssm classify, tag, transcribe or evaluate"
+            )
+
     def after_fit(self) -> None:
+        written = self._written()
+        if written and self.trainer.is_global_zero:
+            print(f"seqssm: wrote {', '.join(written)}", file=sys.stderr)
         if not self.config["fit"]["evaluate"]:
             return
         from seqssm.commands.evaluate import evaluate
