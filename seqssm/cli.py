@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import logging
 import math
 import os
@@ -54,6 +55,8 @@ def main(args: Sequence[str] | None = None) -> int:
         args: the command line without the program's name; ``sys.argv`` when None.
     """
     args = list(sys.argv[1:] if args is None else args)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # names of files need not be UTF-8
     try:
         with _ended_by_exceptions():
             code = _dispatch(args)

@@ -17,6 +17,13 @@ MAX_CLASSES_WITH_COUNTS = 25
 """Beyond this many classes the cells are too small for figures, and only the shading is drawn."""
 
 
+def plain(name: str, longest: int = 1000) -> str:
+    """A name as Matplotlib is to draw it: no formula between dollars, no bytes that are no text, shortened."""
+    text = name.encode("utf-8", "replace").decode()
+    text = text if len(text) <= longest else text[: longest - 1] + "…"
+    return text.replace("$", r"\$")
+
+
 def confusion_figure(
     counts: NDArray[np.integer], classes: Sequence[str], title: str = "", item: str = "window"
 ) -> "Figure":
@@ -44,7 +51,7 @@ def confusion_figure(
     axes.set_title(title or f"accuracy {np.trace(counts) / max(n_windows, 1):.3f}, {n_windows:,} {item}s", fontsize=11)
     figure.colorbar(image, ax=axes, label="share of the true class", fraction=0.046, pad=0.03)
     size = float(np.clip(side * 55 / max(n_classes, 5) / 5, 4.0, 10.0))  # points
-    names = [name if len(name) <= 24 else name[:23] + "…" for name in classes]
+    names = [plain(name, 24) for name in classes]
     steep = max(map(len, names)) * n_classes > 36
     axes.set_xticks(
         range(n_classes), names, fontsize=size, rotation=45 if steep else 0, ha="right" if steep else "center"
@@ -151,8 +158,7 @@ def precision_recall_png(
             panel.step(recall, precision, where="post", color=color, lw=1.8 if front else 0.9, label=name)
             if front:
                 average = average_precision_score(targets[:, c], table[:, c])
-        title = classes[c] if len(classes[c]) <= 24 else classes[c][:23] + "…"
-        panel.set_title(f"{title} ({support[c]}), AP {average:.2f}", fontsize=8)
+        panel.set_title(f"{plain(classes[c], 24)} ({support[c]}), AP {average:.2f}", fontsize=8)
         panel.set_xlim(0, 1)
         panel.set_ylim(0, 1.03)
     for panel in axes[len(chosen) :]:

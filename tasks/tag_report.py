@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from seqssm.data.features import FeatureConfig
 from seqssm.tasks.events import Event
+from seqssm.tasks.plots import plain
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -112,7 +113,7 @@ def overview_figure(overview: Overview, labels: Sequence[str], title: str) -> Fi
     wave.set_ylim(-limit, limit)
     wave.set_yticks([])
     wave.set_ylabel("waveform", rotation=0, ha="right", va="center")
-    wave.set_title(title, fontsize=11, loc="left")
+    wave.set_title(plain(title), fontsize=11, loc="left")
     filled = overview.count > 0
     mean = overview.spectrogram[filled] / overview.count[filled, None]
     if len(mean):
@@ -142,7 +143,7 @@ def overview_figure(overview: Overview, labels: Sequence[str], title: str) -> Fi
         if event.label in row_of:
             row = row_of[event.label]
             timeline.plot([event.start_s, event.end_s], [row + 0.33] * 2, color="#d1495b", linewidth=3)
-    names = [labels[c] if len(labels[c]) <= 22 else labels[c][:21] + "…" for c in order]
+    names = [plain(labels[c], 22) for c in order]
     timeline.set_yticks(range(rows), names, fontsize=8)
     timeline.set_xlabel("seconds (grey: probability, red: events)")
     for each in axes:

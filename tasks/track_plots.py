@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from seqssm.tasks.plots import plain
+
 MAX_RECORDS = 12
 """So many of the longest records are drawn."""
 COLUMNS = 1000
@@ -45,14 +47,14 @@ def tracks_png(table: Path, lengths: Mapping[str, int]) -> bytes:
                 baseline=stacked[:, number],
                 fill=True,
                 color=colors[number % len(colors)],
-                label=label,
+                label=plain(label),
                 lw=0,
             )
         panel.set_xlim(0, max(lengths[other] for other in shown) / unit)
         panel.set_ylim(0, 1)
         panel.set_yticks([0, 0.5, 1])
         panel.tick_params(labelsize=7)
-        panel.set_title(name, fontsize=8, loc="left", pad=2)
+        panel.set_title(plain(name), fontsize=8, loc="left", pad=2)
         panel.spines[["top", "right"]].set_visible(False)
     panels[-1].set_xlabel(f"position, {name_of_unit}", fontsize=8)
     figure.supylabel("probability", fontsize=8)

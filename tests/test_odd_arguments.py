@@ -289,3 +289,22 @@ def test_a_run_that_is_ended_leaves_nothing_half_written(tmp_path: Path, number:
     assert running.returncode == 128 + number
     assert "Traceback" not in said
     assert os.listdir(tmp_path) == ["many.fa"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are UTF-8 there")
+def test_names_that_are_not_utf8_go_through(tmp_path: Path) -> None:
+    import numpy as np
+    import soundfile
+
+    soundfile.write(tmp_path / "a.wav", 0.1 * np.random.default_rng(0).standard_normal(16000), 16000)
+    folder, name = os.fsencode(tmp_path), b"caf\xe9 ${.wav"  # Latin-1
+    os.rename(folder + b"/a.wav", folder + b"/" + name)
+    command = [sys.executable, "-m", "seqssm", "tag", name, "--top-k", "1", "--device", "cpu"]
+    shown = subprocess.run(command, cwd=tmp_path, capture_output=True)
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.splitlines()[1].startswith(name + b"\t")
+    written = subprocess.run([*command, "-o", "tags.tsv", "--events", "--report"], cwd=tmp_path, capture_output=True)
+    assert written.returncode == 0, written.stderr
+    assert (tmp_path / "tags.tsv").read_bytes() == shown.stdout
+    assert os.path.exists(folder + b"/caf\xe9 ${.events.jsonl")
+    assert os.path.exists(folder + b"/caf\xe9 ${.html")

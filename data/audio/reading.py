@@ -53,7 +53,8 @@ def open_audio(source: str | Path | IO[bytes]) -> Any:
             raise UserError(f"{source} does not exist: correct the path")
         raise UserError(f"{source} is no file but a pipe or a device: live commands read them as -, standard input")
     try:
-        file = _sequential_file()(str(source) if isinstance(source, Path) else source)
+        # As bytes: soundfile encodes a str, and fails for a name that is not UTF-8, such as from an old archive.
+        file = _sequential_file()(os.fsencode(source) if isinstance(source, str | Path) else source)
     except (soundfile.LibsndfileError, TypeError, OSError) as error:
         raise UserError(
             f"{name}: not readable as audio ({_reason(error)}); give WAV, FLAC, MP3, OGG or Opus"

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from seqssm.tasks.plots import MAX_CLASSES_WITH_COUNTS, confusion_figure, confusion_image, confusion_matrix_png
+from seqssm.tasks.plots import MAX_CLASSES_WITH_COUNTS, confusion_figure, confusion_image, confusion_matrix_png, plain
 
 COUNTS = np.array([[1200, 300], [0, 50]])
 
@@ -50,3 +50,14 @@ def test_png_and_pixels_are_the_same_picture(tmp_path):
 def test_a_matrix_of_another_size_is_refused():
     with pytest.raises(ValueError, match="3 classes"):
         confusion_figure(COUNTS, ["a", "b", "c"])
+
+
+def test_names_are_no_formulas() -> None:
+    """Matplotlib takes what stands between two dollars for a formula, and fails where it is none."""
+    names = ["US$ or CA$", r"$\frac{$", "caf\udce9"]
+    figure = confusion_figure(np.eye(3, dtype=int), names, "from $ to ${")
+    figure.canvas.draw()
+    drawn = [tick.get_text() for tick in figure.axes[0].get_xticklabels()]
+    assert drawn == [r"US\$ or CA\$", r"\$\frac{\$", "caf?"]
+    assert confusion_matrix_png(np.eye(3, dtype=int), names, title="from $ to ${").startswith(b"\x89PNG")
+    assert plain("a long name", 6) == "a lon…"
