@@ -327,8 +327,10 @@ def fill(
     path = f"{cls.__module__}.{cls.__qualname__}"
     try:
         module = make(dict(init_args)) if make else cls(**init_args)
-    except (TypeError, KeyError) as error:
-        raise UserError(f"{name}: its init_args do not fit {path}: {error}; was it edited?") from error
+    except (TypeError, KeyError, ValueError, RuntimeError) as error:  # the last where memory is asked for without end
+        raise UserError(
+            f"{name}: its init_args do not fit {path}: {' '.join(str(error).split())}; was it edited?"
+        ) from error
     try:
         module.load_state_dict(dict(weights))
     except RuntimeError as error:

@@ -151,6 +151,11 @@ def forge_garbage(folder):
         (lambda f: edit(f, init_args={**make().init_args(), "width": 3}), "width"),
         (lambda f: edit(f, init_args={**make().init_args(), "vocab_size": 12}), "do not fit"),
         (
+            lambda f: edit(f, init_args={**make().init_args(), "vocab_size": 10**15}),
+            "init_args do not fit .*was it edited",
+        ),
+        (lambda f: edit(f, init_args={**make().init_args(), "vocab_size": -1}), "init_args do not fit .*was it edited"),
+        (
             lambda f: edit(f, init_args={**make().init_args(), "config": {"mixers": {"m": {"class_path": "a.B"}}}}),
             "a.B",
         ),
