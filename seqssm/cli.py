@@ -208,7 +208,10 @@ def config_section(name: str, section: str, option: str) -> dict[str, Any]:
     """
     import yaml
 
+    from seqssm.commands.parsing import check_keys
+
     path = find_config(name, option)
+    check_keys(path, f"{option} {name}")
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -220,12 +223,19 @@ def config_section(name: str, section: str, option: str) -> dict[str, Any]:
 
 
 def _resolve_configs(args: list[str]) -> list[str]:
+    from seqssm.commands.parsing import check_keys
+
+    def found(name: str) -> str:
+        path = find_config(name)
+        check_keys(path, f"--config {name}")
+        return path
+
     resolved, expect_name = [], False
     for arg in args:
         if expect_name:
-            arg = find_config(arg)
+            arg = found(arg)
         elif arg.startswith("--config="):
-            arg = "--config=" + find_config(arg.removeprefix("--config="))
+            arg = "--config=" + found(arg.removeprefix("--config="))
         expect_name = arg in ("-c", "--config")
         resolved.append(arg)
     return resolved

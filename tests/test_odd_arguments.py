@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import lightning.pytorch  # noqa: F401 - its log keeps the standard error that it finds, which a test would close
 import pytest
 
 from seqssm import hub

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import lightning.pytorch  # noqa: F401 - its log keeps the standard error that it finds, which a test would close
 import numpy as np
 import pytest
 
@@ -103,3 +104,22 @@ def test_a_message_of_one_line_stays_as_it_is() -> None:
         == "unrecognized arguments: --nope 3; `--print_config` shows every setting"
     )
     assert one_line("Problems parsing config: no flow\n  in line 2") == "Problems parsing config: no flow; in line 2"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("data:\n  a: 1\nmodel: {}\ndata:\n  b: 2\n", "data stands twice, in lines 1 and 4: make it one section"),
+        ("model:\n  init_args: {lr: 1}\n  init_args: {lr: 2}\n", "init_args stands twice, in lines 2 and 3"),
+        ("a: &a [*a]\n", "an anchor of its YAML refers to itself"),
+        ("model: [1,\n", "cannot be read as YAML"),
+        ("\x00", "cannot be read as YAML"),
+    ],
+)
+def test_configs_that_a_parser_would_misread(
+    tmp_path: Path, text: str, message: str, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "odd.yaml").write_text(text)
+    for args in (["fit", "--config"], ["fit", "-c"], ["evaluate", "--checkpoint", "dna-promoter-tata", "--data"]):
+        assert main([*args, str(tmp_path / "odd.yaml")]) == 2
+        assert message in capsys.readouterr().err.splitlines()[-1]

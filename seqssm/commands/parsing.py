@@ -28,6 +28,42 @@ _LAYOUT = (
 _KEY = re.compile(r'Parser key "([^"]*)":')
 
 
+def check_keys(path: str, name: str) -> None:
+    """Look through a YAML config for what its parser takes in silence, or not at all.
+
+    Args:
+        path: of the file.
+        name: what messages call it.
+
+    Raises:
+        UserError: a key stands twice in a section, of which the parser would take the last; or an anchor refers to
+            itself; or it is no YAML.
+    """
+    import yaml
+
+    def look(node: yaml.Node | None, above: tuple[yaml.Node, ...]) -> None:
+        if node in above:
+            raise UserError(f"{name}: an anchor of its YAML refers to itself: write the value out")
+        if isinstance(node, yaml.SequenceNode):
+            for one in node.value:
+                look(one, (*above, node))
+        elif isinstance(node, yaml.MappingNode):
+            lines: dict[str, int] = {}
+            for key, value in node.value:
+                line = key.start_mark.line + 1
+                if isinstance(key, yaml.ScalarNode) and lines.setdefault(key.value, line) != line:
+                    raise UserError(
+                        f"{name}: {key.value} stands twice, in lines {lines[key.value]} and {line}: make it one section"
+                    )
+                look(value, (*above, node))
+
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            look(yaml.compose(file, Loader=yaml.SafeLoader), ())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{name} cannot be read as YAML: {' '.join(str(error).split())}") from error
+
+
 @contextmanager
 def said_clearly() -> Iterator[None]:
     """Turns what the parser, and Lightning of the trainer's settings, say of a config into a UserError of one line."""
