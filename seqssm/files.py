@@ -30,15 +30,16 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
     """
     temporary: str | None = None
     try:
-        encoding = {} if "b" in mode else {"encoding": "utf-8", "errors": "surrogateescape"}  # names of any bytes
+        # Names of files, which are written out, too, may be of any bytes.
+        encoding, errors = (None, None) if "b" in mode else ("utf-8", "surrogateescape")
         if not _takes_files(path):
             # Renaming a file onto a device would put the file in its place.
-            with open(path, mode, **encoding) as file:
+            with open(path, mode, encoding=encoding, errors=errors) as file:
                 yield file
             return
         target = Path(os.path.realpath(path))
         descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name[:NAME_IN_TEMPORARY]}.")
-        with os.fdopen(descriptor, mode, **encoding) as file:
+        with os.fdopen(descriptor, mode, encoding=encoding, errors=errors) as file:
             yield file
         umask = os.umask(0)
         os.umask(umask)
