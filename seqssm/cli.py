@@ -57,6 +57,10 @@ def main(args: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if args is None else args)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")  # names of files need not be UTF-8
+    # What Lightning does within itself, and what its makers advertise, is nothing that a user can act upon.
+    warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*is deprecated")
+    for package in ("pytorch", "fabric"):
+        logging.getLogger(f"lightning.{package}.utilities.rank_zero").addFilter(_no_advertisement)
     try:
         with _ended_by_exceptions():
             code = _dispatch(args)
@@ -99,6 +103,10 @@ def _ended_by_exceptions() -> Iterator[None]:
     finally:
         for number, before in changed.items():
             signal.signal(number, before)
+
+
+def _no_advertisement(record: logging.LogRecord) -> bool:
+    return "Tip:" not in str(record.msg)
 
 
 def _complain(message: str) -> int:
@@ -195,6 +203,11 @@ def find_config(name: str, option: str = "--config") -> str:
     return str(shipped)
 
 
+def names_data(text: str) -> bool:
+    """Whether what stands behind ``--data`` is data themselves, a folder or a table, and not a config."""
+    return Path(text).is_dir() or Path(text).suffix.lower() not in ("", ".yaml", ".yml")
+
+
 def config_section(name: str, section: str, option: str) -> dict[str, Any]:
     """A section of a config, which is given by path or by name.
 
@@ -253,9 +266,6 @@ def run_trainer(command: str, args: list[str]) -> LightningCLI:
     warnings.filterwarnings("ignore", message=".*No (positive|negative) samples in targets.*")
     # main() hands the arguments over explicitly, whatever sys.argv holds.
     warnings.filterwarnings("ignore", message="LightningCLI.s args parameter.*")
-    # What Lightning does within itself, and what its makers advertise, is nothing that a user can act upon.
-    warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*is deprecated")
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.msg)
     with said_clearly():
         return TaskCLI(args=[command, *_resolve_configs(args)])
 

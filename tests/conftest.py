@@ -1,5 +1,6 @@
 from pathlib import Path
 
+import lightning.pytorch  # noqa: F401 - here, or its log keeps the standard error of the test that imports it first
 import pytest
 import speller
 import torch

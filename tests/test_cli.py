@@ -118,6 +118,22 @@ def test_evaluate_scores_windows_of_several_lengths(trained: Path, capsys: pytes
     assert "--lengths some: give" in capsys.readouterr().err
 
 
+def test_a_table_stands_in_for_the_data_of_the_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    table = tmp_path / "own.csv"
+    rng = np.random.default_rng(0)
+    splits = ["train", "val", "test"] * 4
+    rows = [f"{''.join(rng.choice(BASES, 70))},{i % 2},{split}" for i, split in enumerate(splits)]
+    table.write_text("\n".join(["sequence,label,split", *rows]) + "\n")
+    options = ["--checkpoint", "dna-promoter-tata", "--baselines", "none", "--device", "cpu"]
+    assert main(["evaluate", *options, "--data", str(table), "-o", str(tmp_path / "report")]) == 0
+    report = json.loads((tmp_path / "report" / "metrics.json").read_text())
+    assert report["data"]["path"] == str(table)
+    assert report["metrics"]["accuracy"]["n"] == 4
+    assert "Tip:" not in capsys.readouterr().err
+    assert main(["evaluate", *options, "--data", str(tmp_path / "missing.csv")]) == 2
+    assert "missing.csv does not exist" in capsys.readouterr().err
+
+
 def test_every_shipped_config_parses(capsys: pytest.CaptureFixture) -> None:
     assert "dna/quickstart" in shipped_configs()
     for name in shipped_configs():

@@ -9,6 +9,10 @@ MOST_THREADS_A_CORE = 8
 """Beyond a few threads a core there is nothing to gain; where the system refuses one, the program would crash."""
 
 MOST_CHUNK_MS = 60_000
+DATA_HELP = (
+    "a folder or table to use in the place of the checkpoint's own, or a YAML config whose `data` section to use; "
+    "default: the data the checkpoint was trained with"
+)
 
 
 def add_device_argument(parser: argparse.ArgumentParser) -> None:

@@ -6,16 +6,14 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from seqssm.commands.arguments import add_accelerator_argument, positive
+from seqssm.commands.arguments import DATA_HELP, add_accelerator_argument, positive
 from seqssm.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", help="a Lightning .ckpt, a folder in hub format, or a shipped name")
     parser.add_argument("folder", type=Path, help="to write, in hub format")
-    parser.add_argument(
-        "--data", help="a YAML config whose `data` section to use; default: the data the checkpoint was trained with"
-    )
+    parser.add_argument("--data", help=DATA_HELP)
     parser.add_argument(
         "--window-bp",
         type=positive,

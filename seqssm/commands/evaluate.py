@@ -7,8 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from seqssm.cli import config_section
-from seqssm.commands.arguments import add_accelerator_argument, positive, seed
+from seqssm.cli import config_section, names_data
+from seqssm.commands.arguments import DATA_HELP, add_accelerator_argument, positive, seed
 from seqssm.commands.parsing import one_line
 from seqssm.commands.transcribe import add_decoding_arguments, add_stream_arguments
 from seqssm.errors import UserError
@@ -26,9 +26,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_checkpoint_argument(parser)
-    parser.add_argument(
-        "--data", help="a YAML config whose `data` section to use; default: the data the checkpoint was trained with"
-    )
+    parser.add_argument("--data", help=DATA_HELP)
     parser.add_argument("--split", choices=("test", "val"), default="test", help="default: %(default)s")
     parser.add_argument("--output", "-o", type=Path, help="folder for metrics.json, evaluation.md and figures")
     parser.add_argument(
@@ -121,9 +119,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _network_for(data: str | None) -> type[Network]:
     """What kind of network the data of ``--data`` are for, to choose the shipped one."""
-    from seqssm.commands import evaluate_asr
-
-    if data is None or evaluate_asr.is_recordings(data):
+    if data is None or names_data(data):
         return Network
     kind = str(config_section(data, "data", "--data").get("class_path", "")).rpartition(".")[2]
     kinds: dict[str, type[Network]] = {
@@ -136,9 +132,15 @@ def _network_for(data: str | None) -> type[Network]:
 
 
 def build_datamodule(
-    loaded: Loaded, config: str | None, batch_size: int | None, **changes: Any
+    loaded: Loaded, data: str | None, batch_size: int | None, **changes: Any
 ) -> pl.LightningDataModule:
     """The DataModule a checkpoint names, or the one of a config's ``data`` section, with some arguments changed.
+
+    Args:
+        loaded: the checkpoint.
+        data: a config; or a folder or table, which stands in the place of the checkpoint's own ``path``.
+        batch_size: examples a forward pass; None leaves it as it is.
+        **changes: arguments of the DataModule.
 
     Raises:
         UserError: there is none, or it is not of the checkpoint's kind.
@@ -155,36 +157,43 @@ def build_datamodule(
     from seqssm.tasks.synthetic import NeedleSearch
     from seqssm.tasks.tagging import AudioTagging
 
-    if config is not None:
-        section = config_section(config, "data", "--data")
-    elif loaded.data:
-        section = loaded.data
-    else:
-        raise UserError("the checkpoint does not say what data it was trained with; give --data CONFIG.yaml")
     if batch_size is not None:
         changes["batch_size"] = batch_size
     if "features" in loaded.description["init_args"]:
         # Statistics included: what the model was trained on, not what other data would give.
         changes["features"] = loaded.description["init_args"]["features"]
-    section = {**section, "init_args": {**section.get("init_args", {}), **changes}}
     task = task_class(loaded, str(loaded.description["task"]))
     kind: type[pl.LightningDataModule] = SyntheticDataModule
     if issubclass(task, DNANetwork | DNAPretraining) and not issubclass(task, NeedleSearch):
         kind = DNADataModule
     elif issubclass(task, AudioTagging):
         kind = AudioTaggingDataModule
+    section = _data_section(loaded, data, kind.__name__)
+    section = {**section, "init_args": {**section.get("init_args", {}), **changes}}
     if "class_path" not in section:
-        raise UserError(f"--data {config}: its `data` section has no class_path, such as {kind.__name__}")
+        raise UserError(f"--data {data}: its `data` section has no class_path, such as {kind.__name__}")
     own = [cls.__name__ for cls in _with_subclasses(kind)]
     name = str(section["class_path"])
     if "." not in name and name not in own:
-        raise UserError(f"--data {config} is for {name}; the checkpoint's {task.__name__} takes {', '.join(own)}")
+        raise UserError(f"--data {data} is for {name}; the checkpoint's {task.__name__} takes {', '.join(own)}")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(kind, "data")
     try:
         return parser.instantiate_classes(parser.parse_object({"data": section})).data
     except ArgumentError as error:
         raise UserError(f"the data section does not fit: {one_line(str(error.message))}") from error
+
+
+def _data_section(loaded: Loaded, data: str | None, kind: str) -> dict[str, Any]:
+    """Class path and arguments of the data to score on; see :func:`build_datamodule`."""
+    if data is None:
+        if not loaded.data:
+            raise UserError("the checkpoint does not say what data it was trained with; give --data CONFIG.yaml")
+        return loaded.data
+    if not names_data(data):
+        return config_section(data, "data", "--data")
+    same_kind = str(loaded.data.get("class_path", "")).rpartition(".")[2] == kind
+    return {"class_path": kind, "init_args": {**(loaded.data["init_args"] if same_kind else {}), "path": data}}
 
 
 def _with_subclasses(cls: type[Any]) -> list[type[Any]]:

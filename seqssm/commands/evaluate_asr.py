@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from seqssm.cli import config_section
+from seqssm.cli import config_section, names_data
 from seqssm.commands.transcribe import decoding_config, set_threads
 from seqssm.data.progress import progress_bar
 from seqssm.errors import UserError
@@ -77,11 +77,6 @@ def _gap(text: str) -> tuple[float, float]:
     return low, high
 
 
-def is_recordings(data: str) -> bool:
-    """Whether ``--data`` names a manifest or a folder, not a config."""
-    return Path(data).is_dir() or Path(data).suffix.lower() in (".tsv", ".csv", ".jsonl")
-
-
 def speech_data(loaded: Loaded, data: str | None) -> Any:
     """Data to score a checkpoint on, in its own written form, tokens and features.
 
@@ -92,7 +87,7 @@ def speech_data(loaded: Loaded, data: str | None) -> Any:
     """
     from seqssm.data.speech.datamodule import SpeechDataModule
 
-    if data is None or is_recordings(data):
+    if data is None or names_data(data):
         settings = dict(loaded.data.get("init_args", {}))
         if data is not None:
             settings = {"path": data, "cache_dir": settings.get("cache_dir")}
