@@ -36,7 +36,8 @@ class DNADataModule(LightningDataModule):
         labels_table: columns by record name, for a FASTA or BED file.
         label_column, split_column, sequence_column, path_column, record_column: what the columns are called.
         bed_columns: names of the BED columns after chrom, start and end; without them, a header line's, else a fourth
-            column of split names is the split (Enformer's intervals) and any other fourth column the label.
+            column of split names is the split (Enformer's intervals) and any other fourth column the label. Intervals
+            whose `strand`, a column of that name or else the sixth, is `-` are read from the other strand.
         record_pattern: a regular expression searched in record names, whose named groups become columns.
         label_names: what to call the labels of the data, `{"0": other, "1": promoter}`; those not in it keep their own.
         classes: the classes to use, records of others being left out; None for all. Ids follow the sorted order.

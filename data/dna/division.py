@@ -112,6 +112,7 @@ class Division:
             length=regions.end_bp - regions.start_bp,
             label=np.array([label_id[label] for label in regions.columns[self.layout.label_column]], np.int64),
             group_id=group_id.astype(np.int64),
+            minus=regions.minus,
             record_names=record_names,
             group_names=group_names,
         )

@@ -77,19 +77,21 @@ class Library:
 
 @dataclass
 class Regions:
-    """Stretches of records, each with its columns: arrays of equal length."""
+    """Stretches of records, each with its columns: arrays of equal length. Those of `minus` (r,) bool are to be read
+    from the other strand."""
 
     record: np.ndarray
     start_bp: np.ndarray
     end_bp: np.ndarray
     columns: dict[str, np.ndarray]
+    minus: np.ndarray
 
     def __len__(self) -> int:
         return len(self.record)
 
     def __getitem__(self, which: np.ndarray) -> "Regions":
         columns = {name: values[which] for name, values in self.columns.items()}
-        return Regions(self.record[which], self.start_bp[which], self.end_bp[which], columns)
+        return Regions(self.record[which], self.start_bp[which], self.end_bp[which], columns, self.minus[which])
 
     def column(self, name: str, option: str) -> np.ndarray:
         """A column's values (r,), str; raises UserError naming the option that asked for it."""

@@ -17,6 +17,8 @@ from seqssm.errors import UserError
 BLOCK_BYTES = 1 << 23
 LONGEST_HEADER_BYTES = 1 << 20
 BED_FOURTH = "column 4"
+STRAND = "strand"
+STRANDS = ("+", "-", ".")
 SPACE = b" \t\r\n\v\f"
 FASTA_SUFFIXES = (".fa", ".fasta", ".fna", ".ffn", ".fas", ".fsa")
 TABLE_SUFFIXES = (".csv", ".tsv")
@@ -293,7 +295,7 @@ def read_bed(path: Path, names: Sequence[str] | None) -> list[Interval]:
     """Read a BED file; `names` names the columns after chrom, start and end (all of them or the first few).
 
     A header line that starts with `chrom` or `#chrom` names them itself; with neither, the fourth column, where there
-    is one, is called `BED_FOURTH`. Raises UserError at a malformed line.
+    is one, is called `BED_FOURTH`, and the sixth `strand` where it is one. Raises UserError at a malformed line.
     """
     intervals = []
     with open_bytes(path) as stream:
@@ -318,6 +320,10 @@ def read_bed(path: Path, names: Sequence[str] | None) -> list[Interval]:
                     f"{', '.join(names or ())} are expected: set bed_columns"
                 )
             columns = dict(zip([BED_FOURTH] if names is None else names, cells[3:], strict=False))
+            if names is None and len(cells) > 5 and cells[5] in STRANDS:
+                columns[STRAND] = cells[5]
+            if columns.get(STRAND, ".") not in STRANDS:
+                raise UserError(f"{path} line {number}: the strand {columns[STRAND]!r} is none of {' '.join(STRANDS)}")
             intervals.append(Interval(cells[0], start_bp, end_bp, columns, number))
     if not intervals:
         raise UserError(f"{path} has no intervals")

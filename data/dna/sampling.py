@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from seqssm.data.dna.alphabet import ENCODE, PAD, reverse_complement
+from seqssm.data.dna.alphabet import COMPLEMENT, ENCODE, PAD, reverse_complement
 from seqssm.data.dna.library import Library
 from seqssm.data.loading import shuffled_rounds
 from seqssm.errors import UserError
@@ -41,7 +41,7 @@ class Windows:
     """Windows in data set order, as arrays of equal length.
 
     record_id, group_id: (w,) int64 into `record_names` and `group_names`; start_bp, length: (w,) int64;
-    label: (w,) int64 class ids.
+    label: (w,) int64 class ids; minus: (w,) bool, read from the other strand.
     """
 
     record_id: np.ndarray
@@ -49,6 +49,7 @@ class Windows:
     length: np.ndarray
     label: np.ndarray
     group_id: np.ndarray
+    minus: np.ndarray
     record_names: np.ndarray
     group_names: np.ndarray
 
@@ -57,7 +58,7 @@ class Windows:
 
     def __getitem__(self, which: np.ndarray) -> "Windows":
         """The chosen windows, by index array, mask or slice."""
-        arrays = ("record_id", "start_bp", "length", "label", "group_id")
+        arrays = ("record_id", "start_bp", "length", "label", "group_id", "minus")
         return replace(self, **{name: getattr(self, name)[which] for name in arrays})
 
     @property
@@ -99,8 +100,8 @@ def within_n_cap(windows: Windows, library: Library, max_n_fraction: float) -> n
 
 
 class Sample(NamedTuple):
-    """One window: tokens (l,) uint8, its class id, whether `collate` is to turn it to the other strand, and, where it
-    was asked for, which letters are in lower case (l,) bool: repeats, in a soft-masked genome."""
+    """One window: tokens (l,) uint8 of its strand, its class id, whether `collate` is to turn it to the other one, and,
+    where it was asked for, which letters are in lower case (l,) bool: repeats, in a soft-masked genome."""
 
     tokens: np.ndarray
     label: int
@@ -131,8 +132,10 @@ class WindowDataset(Dataset[Sample]):
 def _read(library: Library, windows: Windows, at: int, flip: bool, case: bool) -> Sample:
     start_bp = int(windows.start_bp[at])
     letters = library.letters(int(windows.record_id[at]), start_bp, start_bp + int(windows.length[at]))
-    lower = (letters & LOWER_CASE_BIT) != 0 if case else None
-    return Sample(ENCODE[letters], int(windows.label[at]), flip, lower)
+    tokens, lower = ENCODE[letters], (letters & LOWER_CASE_BIT) != 0 if case else None
+    if windows.minus[at]:
+        tokens, lower = COMPLEMENT[tokens[::-1]], None if lower is None else lower[::-1].copy()
+    return Sample(tokens, int(windows.label[at]), flip, lower)
 
 
 def _read_rows(library: Library, windows: Windows, at: np.ndarray, flip: np.ndarray, case: bool) -> list[Sample]:
@@ -141,6 +144,8 @@ def _read_rows(library: Library, windows: Windows, at: np.ndarray, flip: np.ndar
     if case or len(at) < 2 or lengths.min() < lengths.max() or lengths[0] > MANY_BP:
         return [_read(library, windows, int(one), bool(turn), case) for one, turn in zip(at, flip, strict=True)]
     rows = library.token_rows(windows.record_id[at], windows.start_bp[at], int(lengths[0]))
+    minus = windows.minus[at]
+    rows[minus] = COMPLEMENT[rows[minus, ::-1]]
     labels = windows.label[at].tolist()
     return [Sample(row, label, turn) for row, label, turn in zip(rows, labels, flip.tolist(), strict=True)]
 

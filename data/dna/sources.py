@@ -25,6 +25,7 @@ from seqssm.data.dna.reading import (
     BED_FOURTH,
     BIOPYTHON_FORMATS,
     FASTA_SUFFIXES,
+    STRAND,
     TABLE_SUFFIXES,
     TEXT_SUFFIXES,
     Interval,
@@ -104,7 +105,8 @@ class Listing:
             _add_pattern_columns(library, record_columns, self.layout.record_pattern)
         if self.intervals is None:
             count = len(library.names)
-            return library, _regions(library, np.arange(count), np.zeros(count), library.lengths, record_columns)
+            minus = np.zeros(count, bool)
+            return library, _regions(library, np.arange(count), np.zeros(count), library.lengths, record_columns, minus)
         return library, self._interval_regions(library, record_columns)
 
     def _load_files(self, library: Library, file_columns: list[Columns], base: Path, index_dir: Path | None) -> None:
@@ -160,7 +162,8 @@ class Listing:
             records.append(record)
             columns.append({**record_columns[record], **own})
         starts, ends = np.array([(i.start_bp, i.end_bp) for i in self.intervals], np.int64).T
-        return _regions(library, np.array(records), starts, ends, columns)
+        minus = np.array([interval.columns.get(STRAND) == "-" for interval in self.intervals])
+        return _regions(library, np.array(records), starts, ends, columns, minus)
 
 
 def _relative(path: Path, base: Path) -> str:
@@ -295,10 +298,15 @@ def _add_pattern_columns(library: Library, record_columns: list[Columns], patter
 
 
 def _regions(
-    library: Library, record: np.ndarray, start_bp: np.ndarray, end_bp: np.ndarray, columns: list[Columns]
+    library: Library,
+    record: np.ndarray,
+    start_bp: np.ndarray,
+    end_bp: np.ndarray,
+    columns: list[Columns],
+    minus: np.ndarray,
 ) -> Regions:
     named = {name: [row.get(name, "") for row in columns] for name in {name for row in columns for name in row}}
     named["record"] = [library.names[r] for r in record]
     named["file"] = [library.files[r] for r in record]
     arrays = {name: np.array(values, dtype=object) for name, values in named.items()}
-    return Regions(record.astype(np.int64), start_bp.astype(np.int64), end_bp.astype(np.int64), arrays)
+    return Regions(record.astype(np.int64), start_bp.astype(np.int64), end_bp.astype(np.int64), arrays, minus)

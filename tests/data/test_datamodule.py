@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from seqssm.data import DNABatch, DNADataModule
-from seqssm.data.dna.alphabet import encode, reverse_complement
+from seqssm.data.dna.alphabet import decode, encode, reverse_complement
 from seqssm.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning on loaders without workers and on checkpoint folders
@@ -165,6 +165,30 @@ def test_training_batches_are_padded_turned_and_labelled(tmp_path: Path, random_
         found.append(i)
     assert sorted(found) == list(range(30))
     assert 5 <= flipped <= 25
+
+
+@pytest.mark.parametrize("window_bp", [None, 20])
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_intervals_on_the_other_strand_are_read_from_there(
+    split: str, window_bp: int | None, tmp_path: Path, write_fasta: Writer, random_dna: Dna
+) -> None:
+    genome = random_dna(2000)
+    fasta = write_fasta("genome.fa", {"chr1": genome})
+    bed = tmp_path / "sites.bed"
+    lines = [f"chr1\t{at}\t{at + 40}\tk{i % 2}\t0\t{'+-'[i // 2 % 2]}" for i, at in enumerate(range(0, 2000, 40))]
+    bed.write_text("\n".join(lines) + "\n")
+    options: dict[str, Any] = {"fasta": str(fasta), "window_bp": window_bp, "sampling": "grid", "rc_probability": 0.0}
+    data = module(bed, label_column="label", split_rules=[{"split": split}], batch_size=5, **options)
+    data.setup("fit" if split == "train" else "test")
+    loader = data.train_dataloader() if split == "train" else data.test_dataloader()
+    seen = {decode(row) for batch in loader for row in batch.tokens}
+    expected = set()
+    for line in lines:
+        _, start, end, _, _, strand = line.split("\t")
+        for at in range(int(start), int(end), window_bp or 40):
+            letters = genome[at : at + (window_bp or 40)]
+            expected.add(letters if strand == "+" else letters[::-1].translate(str.maketrans("ACGT", "TGCA")))
+    assert seen == expected
 
 
 def test_a_set_to_test_on_alone_needs_no_train(genomes: Path) -> None:

@@ -180,6 +180,10 @@ def test_bed_columns_come_from_names_or_header(tmp_path: Path) -> None:
     assert second.line == 4
     path.write_text("#chrom\tstart\tend\tkind\tsplit\nchr1\t0\t10\tx\ttrain\n")
     assert read_bed(path, None)[0].columns == {"kind": "x", "split": "train"}
+    path.write_text("chr1\t0\t10\tx\t0\t-\nchr1\t0\t10\ty\t0\t7\n")
+    assert [one.columns for one in read_bed(path, None)] == [{"column 4": "x", "strand": "-"}, {"column 4": "y"}]
+    with pytest.raises(UserError, match="line 2: the strand '7' is none of"):
+        read_bed(path, ["label", "score", "strand"])
 
 
 @pytest.mark.parametrize(

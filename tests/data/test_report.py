@@ -18,13 +18,15 @@ def make(letters: list[str]) -> tuple[Library, Windows]:
     library.add(Sequences.from_records((n, s.encode()) for n, s in zip(names, letters, strict=True)), names)
     zeros = np.zeros(len(letters), np.int64)
     lengths = np.array([len(s) for s in letters])
-    return library, Windows(np.arange(len(letters)), zeros, lengths, zeros, zeros, np.array(names), np.array(["g"]))
+    return library, Windows(
+        np.arange(len(letters)), zeros, lengths, zeros, zeros, zeros > 0, np.array(names), np.array(["g"])
+    )
 
 
 def spans(rows: list) -> Windows:
     record, start, end = np.array(rows).reshape(-1, 3).T
     zeros = np.zeros(len(rows), np.int64)
-    return Windows(record, start, end - start, zeros, zeros, np.array(["a", "b"]), np.array(["g"]))
+    return Windows(record, start, end - start, zeros, zeros, zeros > 0, np.array(["a", "b"]), np.array(["g"]))
 
 
 def test_shared_sequences_are_found_on_either_strand_whatever_their_case(random_dna: Callable[..., str]) -> None:

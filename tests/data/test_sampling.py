@@ -35,6 +35,7 @@ def make(letters: list[str], labels: list[int]) -> tuple[Library, Windows]:
         length=np.array([len(s) for s in letters]),
         label=np.array(labels),
         group_id=count,
+        minus=np.zeros(len(letters), bool),
         record_names=np.array(names),
         group_names=np.array(names),
     )

@@ -14,7 +14,9 @@ def regions_of(rows: list[dict[str, str]], length: int = 1000) -> tuple[Library,
     library.add(Sequences.from_records((row["record"], b"A" * length) for row in rows), ["f"] * len(rows))
     columns = {name: np.array([row[name] for row in rows], dtype=object) for name in rows[0]}
     count = len(rows)
-    return library, Regions(np.arange(count), np.zeros(count, np.int64), np.full(count, length), columns)
+    return library, Regions(
+        np.arange(count), np.zeros(count, np.int64), np.full(count, length), columns, np.zeros(count, bool)
+    )
 
 
 def assign(rows: list[dict[str, str]], plan: SplitPlan) -> list[str]:
