@@ -1,5 +1,7 @@
 """What people type by mistake: one line, exit code 2, nothing lost; and what happens where nobody listens any more."""
 
+import contextlib
+import functools
 import os
 import signal
 import subprocess
@@ -7,7 +9,6 @@ import sys
 import time
 from pathlib import Path
 
-import lightning.pytorch  # noqa: F401 - its log keeps the standard error that it finds, which a test would close
 import pytest
 
 from seqssm import hub
@@ -279,7 +280,13 @@ def test_a_run_that_is_ended_leaves_nothing_half_written(tmp_path: Path, number:
     rows = "".join(f">{i}\n{SEQUENCE}\n" for i in range(20_000))
     (tmp_path / "many.fa").write_text(rows)
     command = [sys.executable, "-m", "seqssm", "classify", "many.fa", "-o", "out.tsv", *WINDOWS]
-    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as running:
+    # What starts the tests may ignore the signal, which processes inherit: nohup does, and a shell's background.
+    default = functools.partial(signal.signal, number, signal.SIG_DFL)
+    with (
+        subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, preexec_fn=default) as running,
+        contextlib.ExitStack() as stack,
+    ):
+        stack.callback(running.kill)
         begin = time.monotonic()
         while not list(tmp_path.glob(".out.tsv.*")):
             assert running.poll() is None

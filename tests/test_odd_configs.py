@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import lightning.pytorch  # noqa: F401 - its log keeps the standard error that it finds, which a test would close
 import numpy as np
 import pytest
 
