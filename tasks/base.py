@@ -141,15 +141,15 @@ class Task(Network, pl.LightningModule):
     # ---- training ----------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        backend, place = self.backbone_config.backend, self.trainer.strategy.root_device.type
-        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-        if (backend == "triton" and place != "cuda" and not interpreted) or (backend == "numba" and place != "cpu"):
-            raise UserError(f"backbone.backend {backend} does not run on {place}: choose auto, or trainer.accelerator")
         if getattr(self, "chunk_length", 0) and isinstance(self.trainer.strategy, FSDPStrategy | ModelParallelStrategy):
             raise UserError(
                 "model.chunk_length recomputes chunks in the backward pass, when a sharded strategy has given the "
                 "weights back: use trainer.strategy ddp, or chunk_length 0"
             )
+        backend, place = self.backbone_config.backend, self.trainer.strategy.root_device.type
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        if (backend == "triton" and place != "cuda" and not interpreted) or (backend == "numba" and place != "cpu"):
+            raise UserError(f"backbone.backend {backend} does not run on {place}: choose auto, or trainer.accelerator")
         remember_shapes(self)
 
     def configure_optimizers(self) -> Any:

@@ -177,6 +177,7 @@ def main() -> None:
         else:
             run_classifier(split, name, variant == "ragged")
         print("passed", case, flush=True)
+    dist.destroy_process_group()  # or a thread of it may still run when the process ends
 
 
 if __name__ == "__main__":
