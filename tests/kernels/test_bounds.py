@@ -30,38 +30,10 @@ from seqssm.kernels import (
 )
 
 OPERATORS = {ScanCase: selective_scan, ConvCase: causal_conv1d, SSDCase: ssd}
-SMALL = {  # per module, so that few tokens have several tiles, segments, chunks, slabs and spans
-    "selective_scan": {
-        "CHUNK": 8,
-        "_SEGMENT": 8,
-        "_SHORTEST_SEGMENT": 4,
-        "_HISTORY_BYTES": 1,
-        "_TILE": 4,
-        "_BLOCK": 32,
-        "_SPAN": 2,
-    },
-    "causal_conv1d": {"_BLOCK": 16, "_SEGMENT": 16, "_SHORTEST_SEGMENT": 8},
-    "ssd": {
-        "_CHUNK": {False: 16, True: 16},
-        "_BLOCK_P": {False: 16, True: 16},
-        "_SUM_BLOCK_N": {False: 16, True: 16},
-        "_SEGMENT": 32,
-        "_SHORTEST_SEGMENT": 32,
-        "_KEPT_BYTES": 1,
-    },
-}
 
 
 def test_in_the_interpreter() -> None:
     assert_passes_interpreted(__file__)
-
-
-@pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    for operator, sizes in SMALL.items():
-        module = importlib.import_module(f"seqssm.kernels.{operator}.triton")
-        for name, size in sizes.items():
-            monkeypatch.setattr(module, name, size)
 
 
 @triton.jit
@@ -86,7 +58,7 @@ def test_a_write_beyond_the_edge_ends_the_process(edge: Edge, beyond: int, monke
 
 
 @interpreted
-@pytest.mark.usefixtures("small")
+@pytest.mark.usefixtures("tiny")
 @pytest.mark.parametrize(
     "case",
     [
@@ -110,7 +82,7 @@ def test_memory_begins_at_a_closed_page(case: Case, monkeypatch: pytest.MonkeyPa
 
 
 @interpreted
-@pytest.mark.usefixtures("small")
+@pytest.mark.usefixtures("tiny")
 def test_a_whole_scan_begins_at_a_closed_page(monkeypatch: pytest.MonkeyPatch) -> None:
     guard_launches(monkeypatch, "begin")
     monkeypatch.setattr(importlib.import_module("seqssm.kernels.selective_scan.triton_single"), "_ENOUGH_PROGRAMS", 1)
@@ -142,7 +114,7 @@ def _read(pointers, LEVEL: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @interpreted
-@pytest.mark.usefixtures("small")
+@pytest.mark.usefixtures("tiny")
 @pytest.mark.parametrize("edge", ["begin", "end"])
 def test_what_is_prefetched_is_there(edge: Edge, monkeypatch: pytest.MonkeyPatch) -> None:
     """An address asked for too early or too late would cost time, and hide a mistake in those that are read."""

@@ -1,7 +1,6 @@
 """The Triton convolution: in Triton's interpreter on the CPU at tiny sizes, and on a GPU (``pytest -m gpu``)."""
 
 import functools
-import importlib
 
 import pytest
 import torch
@@ -36,11 +35,9 @@ def test_in_the_interpreter() -> None:
 
 
 @interpreted
+@pytest.mark.usefixtures("tiny")
 @pytest.mark.parametrize("name", TINY)
-def test_accuracy_float32(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = importlib.import_module("seqssm.kernels.causal_conv1d.triton")
-    for name_of, size in {"_BLOCK": 16, "_SEGMENT": 16, "_SHORTEST_SEGMENT": 8}.items():
-        monkeypatch.setattr(module, name_of, size)
+def test_accuracy_float32(name: str) -> None:
     case = TINY[name]
     assert_accurate(case, run(case, inputs_in(case, torch.float32), backend="triton"), torch.float32)
 

@@ -54,23 +54,6 @@ def test_assembly_that_sums_over_lanes(count: int, pack: int) -> None:
 
 
 @pytest.fixture
-def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles, chunks, segments and slabs so small that a few dozen tokens have several of each."""
-    module = importlib.import_module("seqssm.kernels.selective_scan.triton")
-    sizes = {
-        "CHUNK": 8,
-        "_SEGMENT": 8,
-        "_SHORTEST_SEGMENT": 4,
-        "_HISTORY_BYTES": 1,
-        "_TILE": 4,
-        "_BLOCK": 32,
-        "_SPAN": 2,
-    }
-    for name, value in sizes.items():
-        monkeypatch.setattr(module, name, value)
-
-
-@pytest.fixture
 def whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """One kernel for whole sequences of 16 states, however few there are."""
     module = importlib.import_module("seqssm.kernels.selective_scan.triton_single")

@@ -49,16 +49,6 @@ def poison() -> Iterator[None]:
     torch.set_deterministic_debug_mode("default")
 
 
-@pytest.fixture
-def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks, segments, blocks and slabs so small that a few dozen tokens have several of each."""
-    module = importlib.import_module("seqssm.kernels.ssd.triton")
-    both = {False: 16, True: 16}
-    sizes = {"_CHUNK": both, "_BLOCK_P": both, "_SUM_BLOCK_N": both, "_SEGMENT": 32, "_SHORTEST_SEGMENT": 32}
-    for name, value in (sizes | {"_KEPT_BYTES": 1}).items():
-        monkeypatch.setattr(module, name, value)
-
-
 @functools.cache
 def rounding_noise(case: SSDCase, dtype: torch.dtype) -> dict[str, tuple[float, float]]:
     """How far results move when every x, B, C, D and initial state is rounded once more, at random: the most of eight
